@@ -1,0 +1,10 @@
+// The naive implementation on the CPU: elements.h in a loop, sums in float64 (unsigned 64-bit for integers: they wrap). Takes every problem.
+#pragma once
+
+#include "../params.h"
+
+namespace deconv {
+namespace reference {
+void run(Op op, const Params& params, int threads);
+}  // namespace reference
+}  // namespace deconv
