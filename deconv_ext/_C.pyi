@@ -1,0 +1,65 @@
+"""The binary module. Tensors are 4-D; pairs are (h, w), padding is (top, bottom, left, right)."""
+
+from typing import Any
+
+from torch import Tensor
+
+Pair = tuple[int, int]
+Sides = tuple[int, int, int, int]
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    algo: str = "auto",
+) -> Tensor: ...
+def grad_input(
+    dy: Tensor,
+    w: Tensor,
+    input_size: Pair,
+    stride: Pair,
+    padding: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    algo: str = "auto",
+) -> Tensor: ...
+def grad_weight(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    algo: str = "auto",
+) -> Tensor: ...
+def grad_bias(dy: Tensor) -> Tensor: ...
+def output_size(
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+) -> Pair: ...
+def list_algorithms(op: str, device: str = "cpu") -> list[str]: ...
+def tap_table(
+    size_in: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    pad_begin: int,
+    pad_end: int,
+    output_padding: int,
+) -> dict[str, Any]: ...
+def cpu_isas() -> list[str]: ...
+def cpu_isa() -> str: ...
+def set_cpu_isa(name: str) -> None: ...
+def compiled() -> dict[str, Any]: ...

@@ -1,0 +1,304 @@
+"""Derivatives of the transposed convolution: of every order, in both modes, under torch.func.
+
+The operator and its gradients are the three contractions of one trilinear form over x, w and y
+(and a bias): each is linear in its two operands, and its derivative for one of them is another of
+the three. A complex gradient conjugates the operand that stays. Written out once, in three
+Functions that call each other, this gives derivatives of every order.
+
+Call `forward`, `grad_input`, `grad_weight` and `grad_bias` (lower case): they record only what may
+be differentiated. `geometry` is (stride, padding, output_padding, dilation, groups) as the binary
+module takes it: pairs (h, w), but padding (top, bottom, left, right).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import Function, forward_ad
+
+from .build import extension
+
+Geometry = tuple[
+    tuple[int, int], tuple[int, int, int, int], tuple[int, int], tuple[int, int], int
+]
+
+
+class Forward(Function):
+    """(x [N, C_in, H, W], w [C_in, C_out/groups, kH, kW], bias [C_out] or None, geometry)
+    -> y [N, C_out, OH, OW]."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        *operands, geometry = args
+        return extension().forward(*operands, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, ctx.geometry = inputs
+        ctx.input_size, ctx.kernel_size, ctx.shape = x.shape[2:], w.shape[2:], output.shape
+        _save(ctx, x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (dy,), (x, w), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        if dy is None:
+            return None, None, None, None
+        return (
+            grad_input(dy, w.conj(), ctx.input_size, ctx.geometry) if needs[0] else None,
+            grad_weight(x.conj(), dy, ctx.kernel_size, ctx.geometry) if needs[1] else None,
+            grad_bias(dy) if needs[2] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x, w), (tx, tw, tb, _) = ctx.saved_tensors, tangents
+        return _sum(
+            None if tx is None else forward(tx, w, None, ctx.geometry),
+            None if tw is None else forward(x, tw, None, ctx.geometry),
+            None if tb is None else tb[:, None, None].expand(ctx.shape),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        (x, w, bias, geometry), (x_dim, w_dim, bias_dim, _) = args, in_dims
+        if bias_dim is not None and w_dim is None:  # a bias follows the channels of its weight
+            w, w_dim = w.expand(info.batch_size, *w.shape), 0
+        fold = _Fold(info.batch_size, geometry, "ngo", ngi=x_dim, gio=w_dim)
+        if bias is not None and fold.axis != "n":
+            if bias_dim is None:
+                bias, bias_dim = bias.expand(info.batch_size, *bias.shape), 0
+            bias = fold(bias, bias_dim, "go")
+        y = forward(fold(x, x_dim, "ngi"), fold(w, w_dim, "gio"), bias, fold.geometry)
+        return fold.undo(y, "ngo"), 0
+
+
+class GradInput(Function):
+    """(dy, w, input_size (H, W), geometry) -> dx [N, C_in, H, W]."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        dy, w, size, geometry = args
+        return extension().grad_input(dy, w, size, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dy, w, ctx.input_size, ctx.geometry = inputs
+        ctx.kernel_size = w.shape[2:]
+        _save(ctx, dy, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (g,), (dy, w), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        if g is None:
+            return None, None, None, None
+        return (
+            forward(g, w.conj(), None, ctx.geometry) if needs[0] else None,
+            grad_weight(g, dy.conj(), ctx.kernel_size, ctx.geometry) if needs[1] else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (dy, w), (ty, tw, _, _) = ctx.saved_tensors, tangents
+        return _sum(
+            None if ty is None else grad_input(ty, w, ctx.input_size, ctx.geometry),
+            None if tw is None else grad_input(dy, tw, ctx.input_size, ctx.geometry),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        (dy, w, size, geometry), (y_dim, w_dim, _, _) = args, in_dims
+        fold = _Fold(info.batch_size, geometry, "ngi", ngo=y_dim, gio=w_dim)
+        dx = grad_input(fold(dy, y_dim, "ngo"), fold(w, w_dim, "gio"), size, fold.geometry)
+        return fold.undo(dx, "ngi"), 0
+
+
+class GradWeight(Function):
+    """(x, dy, kernel_size (kH, kW), geometry) -> dw [C_in, C_out/groups, kH, kW]."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        x, dy, size, geometry = args
+        return extension().grad_weight(x, dy, size, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, dy, ctx.kernel_size, ctx.geometry = inputs
+        ctx.input_size = x.shape[2:]
+        _save(ctx, x, dy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (g,), (x, dy), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        if g is None:
+            return None, None, None, None
+        return (
+            grad_input(dy.conj(), g, ctx.input_size, ctx.geometry) if needs[0] else None,
+            forward(x.conj(), g, None, ctx.geometry) if needs[1] else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x, dy), (tx, ty, _, _) = ctx.saved_tensors, tangents
+        return _sum(
+            None if tx is None else grad_weight(tx, dy, ctx.kernel_size, ctx.geometry),
+            None if ty is None else grad_weight(x, ty, ctx.kernel_size, ctx.geometry),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        (x, dy, size, geometry), (x_dim, y_dim, _, _) = args, in_dims
+        fold = _Fold(info.batch_size, geometry, "gio", ngi=x_dim, ngo=y_dim)
+        dw = grad_weight(fold(x, x_dim, "ngi"), fold(dy, y_dim, "ngo"), size, fold.geometry)
+        return fold.undo(dw, "gio"), 0
+
+
+class GradBias(Function):
+    """(dy [N, C_out, OH, OW]) -> db [C_out]: the sum over all but the channels."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return extension().grad_bias(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor | None:
+        (g,) = grads
+        return None if g is None else g[:, None, None].expand(ctx.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return grad_bias(*tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        dy = args[0].movedim(in_dims[0], 1)
+        return grad_bias(dy.flatten(1, 2)).unflatten(0, dy.shape[1:3]), 0
+
+
+class _Fold:
+    """How a vmapped operation becomes one operation on larger tensors.
+
+    Channels split into groups, a tensor has three axes before the spatial ones: x "ngi", w "gio",
+    y "ngo". With one operand vmapped, the new dimension joins the axis that this operand shares
+    with the result alone; with both, it joins the groups.
+    """
+
+    def __init__(self, batch: int, geometry: Geometry, result: str, **dims: int | None):
+        vmapped = [axes for axes, dim in dims.items() if dim is not None]
+        self.batch, self.groups = batch, geometry[-1]
+        self.axis = "g" if len(vmapped) > 1 else (set(vmapped[0]) & set(result) - {"g"}).pop()
+        self.geometry = (*geometry[:-1], self.groups * (batch if self.axis == "g" else 1))
+
+    def __call__(self, tensor: Tensor, dim: int | None, axes: str) -> Tensor:
+        """The tensor with its vmapped dimension, if it has one, merged into the axis."""
+        if dim is None:
+            return tensor
+        at, g = axes.index(self.axis), axes.index("g")
+        tensor = tensor.movedim(dim, 0)
+        tensor = tensor.unflatten(g + 1, (self.groups, tensor.shape[g + 1] // self.groups))
+        return tensor.movedim(0, at).flatten(at, at + 1).flatten(g, g + 1)
+
+    def undo(self, result: Tensor, axes: str) -> Tensor:
+        """The result with the vmapped dimension taken out of the axis and put first."""
+        at, g, groups = axes.index(self.axis), axes.index("g"), self.geometry[-1]
+        result = result.unflatten(g, (groups, result.shape[g] // groups))
+        result = result.unflatten(at, (self.batch, result.shape[at] // self.batch))
+        return result.movedim(at, 0).flatten(g + 1, g + 2)
+
+
+def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
+    """Keep each operand only if the derivative for the other one may be asked for."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None
+    )
+    ctx.save_for_forward(a, b)
+
+
+def _sum(*terms: Tensor | None) -> Any:
+    """The sum of those that are there; None where there is none."""
+    total = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
+    return total
+
+
+def _under_legacy_vmap(operation: type[Function], args: tuple[Any, ...]) -> Tensor:
+    """The operation on tensors of the vmap that `torch.autograd.grad(is_grads_batched=True)` uses.
+
+    It knows nothing of Functions, so that its innermost level is taken off and put back here.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batch_size, peeled = 0, args
+    while not batch_size:
+        # A tensor without this level gains an empty dimension instead.
+        peeled = tuple(
+            torch._remove_batch_dim(a, level, 0, 0) if isinstance(a, Tensor) else a for a in args
+        )
+        sizes = [a.shape[0] if isinstance(a, Tensor) else 0 for a in peeled]
+        batch_size, level = max(sizes), level - 1
+    tensors = [new if size else old for old, new, size in zip(args, peeled, sizes, strict=True)]
+    in_dims = tuple(0 if size else None for size in sizes)
+    result, dim = operation.vmap(SimpleNamespace(batch_size=batch_size), in_dims, *tensors)
+    return torch._add_batch_dim(result, dim, level + 1)
+
+
+def _recorded(operation: type[Function]) -> Callable[..., Tensor]:
+    """The call that applies a Function, or only computes its value where nothing asks for more.
+
+    torch.func needs a Function with `setup_context`, which costs tens of microseconds a call;
+    elsewhere a twin with everything in `forward(ctx, ...)` does the same for a few.
+    """
+
+    def compute(*args: Any) -> Tensor:
+        for arg in args:
+            if isinstance(arg, Tensor) and is_legacy_batchedtensor(arg):
+                return _under_legacy_vmap(operation, args)
+        return operation.forward(*args)
+
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        output = compute(*args)
+        operation.setup_context(ctx, args, output)
+        return output
+
+    body = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(Function.setup_context),
+    }
+    twin = type(f"ConvTranspose2d{operation.__name__}", (operation,), body)
+
+    def call(*args: Any) -> Tensor:
+        if _are_functorch_transforms_active():
+            return operation.apply(*args)
+        if forward_ad._current_level >= 0:  # inside dual_level()
+            return twin.apply(*args)
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return twin.apply(*args)
+        return compute(*args)
+
+    return call
+
+
+forward = _recorded(Forward)
+grad_input = _recorded(GradInput)
+grad_weight = _recorded(GradWeight)
+grad_bias = _recorded(GradBias)

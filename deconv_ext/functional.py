@@ -1,0 +1,267 @@
+"""`conv_transpose2d` with the signature of torch's, on our kernels wherever there are some."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import autograd
+from .build import BuildError, extension
+
+Pair = tuple[int, int]
+Sides = tuple[int, int, int, int]  # top, bottom, left, right
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """The transposed convolution, as `torch.nn.functional.conv_transpose2d` defines it.
+
+    Args:
+        input: [N, C_in, H, W] or unbatched [C_in, H, W].
+        weight: [C_in, C_out/groups, kH, kW].
+        bias: [C_out] or None.
+        stride, output_padding, dilation: an int, or one for each of (h, w).
+        padding: also ((top, bottom), (left, right)), or "same" or "valid" with TensorFlow's
+            meaning: the output is `size * stride`, or `(size - 1) * stride + max(extent, stride)`
+            for a kernel that spans `extent = dilation * (kernel - 1) + 1` pixels.
+        groups: number of independent blocks of channels.
+
+    Returns:
+        [N, C_out, OH, OW], without N if the input has none, where
+        `OH = (H - 1) * stride - top - bottom + dilation * (kH - 1) + output_padding + 1`.
+
+    Raises:
+        TypeError: an argument of the wrong type, such as a fractional stride.
+        RuntimeError: values or shapes that make no operator, as torch raises it; with
+            DECONV_EXT_STRICT=1 also a device that has no kernels here. Otherwise torch's own
+            operator serves such a device, after one warning.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv_transpose2d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
+        )
+    _check_tensor("input", 1, input)
+    _check_tensor("weight", 2, weight)
+    if bias is not None:
+        _check_tensor("bias", 3, bias)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
+    output_padding = pair("output_padding", output_padding)
+    sides, output_padding = resolve_padding(
+        padding, weight.shape, stride, output_padding, dilation
+    )
+    if type(groups) is not int:
+        groups = _integer("groups", "int", groups)
+    geometry = (stride, sides, output_padding, dilation, groups)
+
+    if not _ours(input, weight, bias):
+        return _torch_operator(input, weight, bias, *geometry)
+    if torch.is_autocast_enabled(device := input.device.type):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    if input.dim() == 3:
+        return autograd.forward(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
+    return autograd.forward(input, weight, bias, geometry)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def pair(name: str, value: Any) -> Pair:
+    """(h, w) of an int or of a sequence of one or two, by torch's rules and with its errors."""
+    if type(value) is int and -_INT64 <= value < _INT64:
+        return value, value
+    if type(value) is tuple and len(value) == 2:
+        h, w = value
+        if type(h) is int and type(w) is int and -_INT64 <= h < _INT64 and -_INT64 <= w < _INT64:
+            return value
+    if isinstance(value, (tuple, list)):
+        if len(value) not in (1, 2):
+            raise RuntimeError(
+                f"expected {name} to be a single integer value or a list of 2 values to match "
+                f"the convolution dimensions, but got {name}={list(value)}"
+            )
+        h, w = (_integer(name, "tuple of ints", v) for v in (value[0], value[-1]))
+        return h, w
+    value = _integer(name, "tuple of ints", value)
+    return value, value
+
+
+def is_two_sided(padding: Any) -> bool:
+    """Whether the padding is written ((top, bottom), (left, right))."""
+    return isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding)
+
+
+def resolve_padding(
+    padding: Any, weight_shape: Any, stride: Pair, output_padding: Pair, dilation: Pair
+) -> tuple[Sides, Pair]:
+    """(top, bottom, left, right) and output_padding for any way to write the padding."""
+    if isinstance(padding, str):
+        kernel_size = (*weight_shape, 1, 1, 1, 1)[2:4]  # of other dimensions it is refused later
+        return _named_padding(padding, kernel_size, stride, output_padding, dilation)
+    if is_two_sided(padding):
+        if len(padding) != 2 or any(not isinstance(p, (tuple, list)) or len(p) != 2 for p in padding):
+            raise RuntimeError(
+                f"expected padding to be an int, (h, w) or ((top, bottom), (left, right)), "
+                f"but got padding={padding}"
+            )
+        (top, bottom), (left, right) = (pair("padding", side) for side in padding)
+        return (top, bottom, left, right), output_padding
+    h, w = pair("padding", padding)
+    return (h, h, w, w), output_padding
+
+
+def _named_padding(
+    name: str, kernel_size: Any, stride: Pair, output_padding: Pair, dilation: Pair
+) -> tuple[Sides, Pair]:
+    """Padding and output_padding by which the output has the size that TensorFlow gives it."""
+    if name not in ("same", "valid"):
+        raise ValueError(
+            f"padding must be an int, (h, w), ((top, bottom), (left, right)), 'same' or 'valid', "
+            f"but got padding={name!r}"
+        )
+    if output_padding != (0, 0):
+        raise ValueError(
+            f"padding={name!r} decides the output size by itself, so output_padding must be 0, "
+            f"but got output_padding={output_padding}"
+        )
+    # By how much the patches of neighbouring input pixels overlap (< 0: the gap between them).
+    overlap = [d * (k - 1) + 1 - s for k, s, d in zip(kernel_size, stride, dilation, strict=True)]
+    gap = (max(-overlap[0], 0), max(-overlap[1], 0))
+    if name == "valid":
+        return (0, 0, 0, 0), gap
+    h, w = (max(o, 0) for o in overlap)
+    return (h // 2, h - h // 2, w // 2, w - w // 2), gap
+
+
+_INT64 = 2**63
+
+
+def _integer(name: str, expected: str, value: Any) -> int:
+    """An int of anything that torch takes for one: not a bool, not a float, even a whole one."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        hint = ""
+        if name == "stride" and isinstance(value, float):
+            hint = (
+                ": a stride is an integer >= 1, the factor by which the output is larger "
+                "(a convolution 'with stride 1/2' is stride=2 here)"
+            )
+        raise TypeError(
+            f"conv_transpose2d(): argument '{name}' must be {expected}, "
+            f"not {type(value).__name__} ({name}={value!r}){hint}"
+        ) from None
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"conv_transpose2d(): {name}={number} overflows a 64-bit integer")
+    return number
+
+
+def _check_tensor(name: str, position: int, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"conv_transpose2d(): argument '{name}' (position {position}) must be Tensor, "
+            f"not {type(value).__name__}"
+        )
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch.autocast treats an operand of a convolution."""
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor
+
+
+# --- what has no kernels here ----------------------------------------------------------------------
+
+
+def _ours(*tensors: Tensor | None) -> bool:
+    """Whether the binary module can take the tensors; if it should but cannot, warn once."""
+    # Who traces or intercepts torch's operators must see one: make_fx, FakeTensor, torch.jit.trace.
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.is_meta or not _holds_data(type(tensor)):
+            return False
+        if reason := _obstacle(tensor.device, tensor.layout):
+            if os.environ.get("DECONV_EXT_STRICT", "") not in ("", "0"):
+                raise RuntimeError(f"deconv_ext: {reason}, and DECONV_EXT_STRICT is set")
+            _warn_once(reason)
+            return False
+    return True
+
+
+@functools.cache
+def _holds_data(kind: type[Tensor]) -> bool:
+    """False for wrappers such as FakeTensor and DTensor: their memory is not to be read."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+@functools.cache
+def _obstacle(device: torch.device, layout: torch.layout) -> str:
+    """Why there are no kernels for such tensors; empty if there are."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernels for device type {device.type!r}"
+    if layout is not torch.strided:
+        return f"no kernels for tensors of layout {layout}"
+    try:
+        built = extension().compiled()
+    except BuildError as error:
+        return f"the binary module could not be built ({error})"
+    if device.type == "cuda" and not built["with_cuda"]:
+        return "the binary module was built without CUDA"
+    return ""
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"deconv_ext: {reason}; torch's own operator is used", stacklevel=4)
+
+
+def _torch_operator(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    sides: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """The same by torch's operator, which alone cannot crop asymmetrically."""
+    top, bottom, left, right = sides
+    apply = torch.nn.functional.conv_transpose2d
+    if top == bottom and left == right:
+        return apply(x, w, bias, stride, (top, left), output_padding, groups, dilation)
+    y = apply(x, w, None, stride, 0, 0, groups, dilation)
+    crop = (-left, output_padding[1] - right, -top, output_padding[0] - bottom)
+    y = torch.nn.functional.pad(y, crop)
+    return y if bias is None else y + bias[:, None, None]
