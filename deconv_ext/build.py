@@ -214,16 +214,21 @@ def _plan(cache: Path | None) -> tuple[dict[str, str], Toolkit | None]:
 
 def find_library() -> Path | None:
     """The library that this process may load, if it exists; compiles nothing."""
-    path = prebuilt_path()
-    if path.exists():
-        if not (reason := _mismatch(path)):
-            return path
-        _note(f"the prebuilt {path.name} is not used: {reason}")
+    prebuilt = prebuilt_path()
+    usable = False
+    if prebuilt.exists():
+        reason = _mismatch(prebuilt)
+        usable = not reason
+        if reason:
+            _note(f"the prebuilt {prebuilt.name} is not used: {reason}")
     try:
-        configuration, _toolkit = _plan(None)
+        # One that was built later, with the CUDA kernels that the prebuilt lacks, is better.
+        if usable and (read_record(prebuilt)["nvcc"] or not cuda_toolkit()[0]):
+            return prebuilt
+        cached = _places(_plan(None)[0], None)
     except BuildError:
-        return None
-    return next((lib for _, lib in _places(configuration, None) if not _mismatch(lib)), None)
+        cached = []
+    return next((lib for _, lib in cached if not _mismatch(lib)), prebuilt if usable else None)
 
 
 # ---- compiling -----------------------------------------------------------------------------------

@@ -82,14 +82,25 @@ def _version_line(command: str, _path: str) -> str:
     return output(*shlex.split(command), "--version").partition("\n")[0]
 
 
-def require_tools() -> None:
-    """Raise `BuildError` for the first thing missing without which nothing can be compiled."""
-    cxx_compiler()
+def missing_tools() -> list[str]:
+    """What is missing without which nothing can be compiled, each with what mends it."""
+    missing = []
+    try:
+        cxx_compiler()
+    except BuildError as error:
+        missing.append(str(error))
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         mend = system_install(apt="python3-dev", dnf="python3-devel", conda="python")
-        raise BuildError(f"there is no Python.h; to mend it: {mend}")
+        missing.append(f"there is no Python.h; to mend it: {mend}")
     if not shutil.which("ninja", path=tool_path()):
-        raise BuildError(f"there is no ninja; to mend it: {sys.executable} -m pip install ninja")
+        missing.append(f"there is no ninja; to mend it: {sys.executable} -m pip install ninja")
+    return missing
+
+
+def require_tools() -> None:
+    """Raise `BuildError` if anything is missing without which nothing can be compiled."""
+    if missing := missing_tools():
+        raise BuildError("\n".join(missing))
 
 
 def tool_path() -> str:
