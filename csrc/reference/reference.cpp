@@ -54,5 +54,15 @@ void run(Op op, const Params& p, int threads) {
   }
 }
 
+void grad_bias(const GradBiasParams& p) {
+  for (int64_t c = 0; c < p.c_out; ++c) {
+    uint64_t sum = 0;
+    for (int64_t n = 0; n < p.batch; ++n)
+      for (int64_t h = 0; h < p.out_h; ++h)
+        for (int64_t w = 0; w < p.out_w; ++w) sum += load<uint64_t, int64_t>(p.dy, p.dy.at(n, c, h, w));
+    static_cast<int64_t*>(p.db)[c] = static_cast<int64_t>(sum);
+  }
+}
+
 }  // namespace reference
 }  // namespace deconv

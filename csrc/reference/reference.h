@@ -6,5 +6,6 @@
 namespace deconv {
 namespace reference {
 void run(Op op, const Params& params, int threads);
+void grad_bias(const GradBiasParams& params);  // integers only
 }  // namespace reference
 }  // namespace deconv

@@ -1,0 +1,223 @@
+#include "gather.h"
+
+#include <limits>
+
+namespace deconv {
+namespace cpu {
+namespace {
+
+// Each thread's working set: packed pixels and sums stay in its L2 cache (1 MB on today's server cores) beside the weights that
+// stream through.
+constexpr int64_t kPanelBytes = 256 << 10;
+constexpr int64_t kSumBytes = 256 << 10;
+// Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds above.
+constexpr int64_t kBlockPixels = 96;
+constexpr int64_t kMaxBlockPixels = 384;
+// Rows summed at a time, if there are as many: each packed pixel then serves 256 multiply-adds.
+constexpr int64_t kLeastRows = 256;
+
+int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+std::vector<int64_t> union_of_offsets(const AxisTaps& axis) {
+  std::vector<int64_t> all;
+  for (const PhaseClass& c : axis.classes) all.insert(all.end(), c.offsets.begin(), c.offsets.end());
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  return all;
+}
+
+int64_t index_of(const std::vector<int64_t>& sorted, int64_t value) {
+  return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
+}
+
+// The gather itself: operands, tap tables, classes; nothing that depends on the machine.
+GatherPlan make_gather(Op op, const Params& params, bool merged_h, bool merged_w) {
+  const Problem& p = params.problem;
+  const int64_t group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
+  const auto& ws = params.w.stride;
+  GatherPlan plan{};
+  plan.params = params;
+  plan.op = op;
+  plan.batch = p.batch;
+  plan.groups = p.groups;
+  if (op == Op::kForward) {
+    plan.channels = group_in;
+    plan.rows = group_out;
+    plan.source = params.x;
+    plan.target = params.y;
+    plan.weight = {params.w.data, group_in * ws[0], ws[0], ws[1], ws[2], ws[3]};
+    plan.h = forward_taps(p.h, merged_h);
+    plan.w = forward_taps(p.w, merged_w);
+  } else {
+    plan.channels = group_out;
+    plan.rows = group_in;
+    plan.source = params.y;
+    plan.target = params.x;
+    plan.weight = {params.w.data, group_in * ws[0], ws[1], ws[0], ws[2], ws[3]};
+    plan.h = grad_input_taps(p.h);
+    plan.w = grad_input_taps(p.w);
+  }
+  plan.offsets_h = union_of_offsets(plan.h);
+  plan.offsets_w = union_of_offsets(plan.w);
+  return plan;
+}
+
+// Pairs the classes of both axes and lays out the packed rows of a chunk.
+void pair_classes(GatherPlan& plan) {
+  for (size_t ih = 0; ih < plan.h.classes.size(); ++ih)
+    for (size_t iw = 0; iw < plan.w.classes.size(); ++iw) {
+      const PhaseClass &h = plan.h.classes[ih], &w = plan.w.classes[iw];
+      GatherClass c{static_cast<int64_t>(ih), static_cast<int64_t>(iw), static_cast<int64_t>(h.offsets.size() * w.offsets.size()), {}, 0, 0, 0};
+      for (int64_t oh : h.offsets)
+        for (int64_t ow : w.offsets)
+          c.offset_at.push_back(index_of(plan.offsets_h, oh) * static_cast<int64_t>(plan.offsets_w.size()) + index_of(plan.offsets_w, ow));
+      c.padded_rows = round_up(plan.row_chunk * h.phases * w.phases, plan.row_width);
+      c.first_row = plan.padded_rows;
+      c.first_weight = plan.weights_per_channel;
+      plan.padded_rows += c.padded_rows;
+      plan.weights_per_channel += c.padded_rows * c.taps;
+      plan.classes.push_back(c);
+    }
+}
+
+// Taps that read inside the source, as a fraction of those the table lists.
+double valid_fraction(const AxisTaps& axis) {
+  int64_t listed = 0, valid = 0;
+  for (const PhaseClass& c : axis.classes)
+    for (int64_t offset : c.offsets) {
+      const int64_t first = std::max<int64_t>(0, ceil_div(-offset, axis.source_step));
+      const int64_t last = std::min(axis.positions - 1, floor_div(axis.source - 1 - offset, axis.source_step));
+      valid += std::max<int64_t>(0, last - first + 1);
+      listed += axis.positions;
+    }
+  return listed ? static_cast<double>(valid) / static_cast<double>(listed) : 1.0;
+}
+
+struct Layout {
+  bool rows_across, rows_by_phase;
+  int tile;
+  double cycles;  // for one image and group
+};
+
+// A model of one thread's cycles. Multiply-adds issue two a cycle and loads two a cycle; a copied vector costs about two cycles in packing and three
+// in the store, a lone element one and two. `images` = 0 leaves out what a partly filled tile of pixels wastes.
+Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes, int64_t images) {
+  const double positions = static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
+  const double channels = static_cast<double>(plan.channels), offsets = static_cast<double>(plan.offsets());
+  const bool by_phase = plan.target.stride[1] == 1 && plan.rows > 1;
+  Layout best{false, by_phase, 0, std::numeric_limits<double>::max()};
+  for (int across = 0; across < 2; ++across)
+    for (int t = 0; t < tile_count; ++t) {
+      const bool rows_across = across == 1;
+      const int64_t row_width = rows_across ? tiles[t].lanes : tiles[t].rows;
+      const int64_t pixel_width = rows_across ? tiles[t].rows : tiles[t].lanes;
+      const int vectors = tiles[t].lanes / lanes;
+      const double step = std::max(tiles[t].rows * vectors, tiles[t].rows + vectors) / 2.0;
+      double multiply = 0, outputs = 0, contiguous = 1;
+      for (const PhaseClass& h : plan.h.classes)
+        for (const PhaseClass& w : plan.w.classes) {
+          const int64_t rows = plan.rows * h.phases * w.phases;
+          multiply += channels * static_cast<double>(h.offsets.size() * w.offsets.size()) *
+                      static_cast<double>(ceil_div(rows, row_width)) * step / static_cast<double>(pixel_width);
+          outputs += static_cast<double>(rows);
+          contiguous = static_cast<double>(by_phase ? plan.rows : w.phases);
+        }
+      if (images > 0) {
+        const auto pixels = static_cast<double>(images) * positions;
+        multiply *= static_cast<double>(ceil_div(static_cast<int64_t>(pixels), pixel_width) * pixel_width) / pixels;
+      }
+      double pack, store;
+      if (rows_across) {
+        pack = offsets * (plan.source.stride[1] == 1 ? 6 + channels * 2 / lanes : channels);
+        store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1 ? 2 / contiguous + 3.0 / lanes : 2);
+      } else {
+        pack = offsets * channels * (plan.source.stride[3] * plan.w.source_step == 1 ? 2.0 / lanes : 1);
+        store = outputs * (plan.target.stride[3] == 1 ? 3.0 / lanes : 2);
+      }
+      const double cycles = positions * (multiply + pack + store);
+      if (cycles < best.cycles) best = {rows_across, by_phase, t, cycles};
+    }
+  return best;
+}
+
+// Sizes of blocks. What decides the order of summation (channel_block, offset_block) depends on one image's geometry alone, so that a
+// sample's result does not depend on its batch, on the number of threads or on the tile.
+void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
+  const int64_t panel_elements = kPanelBytes / element_bytes, sum_elements = kSumBytes / element_bytes;
+  const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
+  const int64_t most = std::max<int64_t>(1, panel_elements / (offsets * kBlockPixels));
+  plan.channel_block = ceil_div(plan.channels, ceil_div(plan.channels, most));
+  plan.offset_block = std::min(offsets, std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
+
+  if (plan.batch_innermost) {
+    plan.pixel_runs = plan.h.positions * plan.w.positions;
+    plan.run_length = plan.batch;
+  } else {
+    plan.pixel_runs = 1;
+    plan.run_length = plan.batch * plan.h.positions * plan.w.positions;
+  }
+  plan.tiles_per_run = ceil_div(plan.run_length, plan.pixel_width);
+
+  int64_t phases = 0;
+  for (const PhaseClass& h : plan.h.classes)
+    for (const PhaseClass& w : plan.w.classes) phases += h.phases * w.phases;
+  // A block as large as panel and sums allow, but small enough that every thread has a few of them.
+  const int64_t tasks = 4 * threads;
+  const int64_t least_rows = std::max(phases, std::min(phases * plan.rows, kLeastRows));
+  const int64_t share = std::max(kBlockPixels, ceil_div(plan.tiles() * plan.pixel_width * plan.groups, tasks));
+  const int64_t block_pixels =
+      std::min({kMaxBlockPixels, share, panel_elements / (plan.channel_block * plan.offset_block), sum_elements / least_rows});
+  plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles()));
+
+  const int64_t rows_at_once = std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
+  plan.row_chunks = ceil_div(plan.rows, rows_at_once);
+  plan.row_chunk = ceil_div(plan.rows, plan.row_chunks);
+  const int64_t blocks = ceil_div(plan.tiles(), plan.block_tiles) * plan.groups;
+  // Few blocks of pixels: also spread the rows over the threads.
+  if (blocks < tasks) {
+    const int64_t wanted = std::min(plan.rows, ceil_div(tasks, blocks));
+    const int64_t finest = ceil_div(plan.rows * phases, 4 * plan.row_width);  // at least about four tiles of rows a chunk
+    plan.row_chunks = std::max(plan.row_chunks, std::min(wanted, std::max<int64_t>(1, finest)));
+    plan.row_chunk = ceil_div(plan.rows, plan.row_chunks);
+    plan.row_chunks = ceil_div(plan.rows, plan.row_chunk);
+  }
+  plan.chunks_per_task = blocks < tasks ? 1 : plan.row_chunks;
+}
+
+}  // namespace
+
+GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count, int lanes, int element_bytes, int threads) {
+  // Merging the phases of an axis packs fewer copies of the pixels and fills tiles with few rows, at the price of zeros where phases have
+  // unequal taps. Decide by the model, without regard to the batch.
+  constexpr int64_t kMaxMergedPhases = 64;
+  const auto may_merge = [&](const Axis& axis) {
+    return op == Op::kForward && axis.stride > 1 && axis.stride <= std::min(axis.out, kMaxMergedPhases);
+  };
+  bool merged_h = false, merged_w = false;
+  double least = std::numeric_limits<double>::max();
+  for (int option = 0; option < 4; ++option) {
+    const bool h = option & 1, w = option & 2;
+    if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
+    const double cycles = best_layout(make_gather(op, params, h, w), tiles, tile_count, lanes, 0).cycles;
+    if (cycles < least) {
+      least = cycles;
+      merged_h = h;
+      merged_w = w;
+    }
+  }
+  GatherPlan plan = make_gather(op, params, merged_h, merged_w);
+  const Layout layout = best_layout(plan, tiles, tile_count, lanes, params.problem.batch);
+  plan.rows_across = layout.rows_across;
+  plan.rows_by_phase = layout.rows_by_phase;
+  plan.tile = layout.tile;
+  plan.pixel_width = layout.rows_across ? tiles[layout.tile].rows : tiles[layout.tile].lanes;
+  plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
+  // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the strided access.
+  plan.batch_innermost = plan.batch >= lanes && valid_fraction(plan.h) * valid_fraction(plan.w) < 0.85;
+  choose_blocks(plan, element_bytes, threads);
+  pair_classes(plan);
+  return plan;
+}
+
+}  // namespace cpu
+}  // namespace deconv

@@ -1,0 +1,74 @@
+// forward and grad_input as one gather, and the plan by which the matrix kernel (gather_gemm.h) computes it.
+//
+//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of phase r of
+//                                           source[n, c, j * source_step + offset] * weight[c, row, k]
+//
+//                   source   target   channels              rows
+//     forward       x        y        c_in / groups         c_out / groups
+//     grad_input    dy       dx       c_out / groups        c_in / groups
+//
+// As a matrix product: positions j of all images ("pixels") times (row, phase), summed over (channel, tap). Planning is plain C++, compiled
+// once for all instruction sets; it knows a tile only by its shape.
+#pragma once
+
+#include <vector>
+
+#include "../params.h"
+
+namespace deconv {
+namespace cpu {
+
+struct WeightRef {
+  const void* data;
+  int64_t group, channel, row, kernel_h, kernel_w;  // strides
+};
+
+// Classes of phases of the two axes, paired.
+struct GatherClass {
+  int64_t h, w;                    // indices into the classes of the axes
+  int64_t taps;                    // product of their numbers of offsets
+  std::vector<int64_t> offset_at;  // [taps] where its offsets stand among the offsets of the panel
+  int64_t padded_rows;             // rows of a full chunk, rounded up to tiles
+  int64_t first_row;               // padded rows of the classes before it
+  int64_t first_weight;            // packed weights a channel of the classes before it
+};
+
+struct TileShape {
+  int rows, lanes;  // broadcast side, vector side
+};
+
+struct GatherPlan {
+  Params params;
+  Op op;
+  int64_t batch, groups, channels, rows;  // channels and rows of one group
+  TensorRef source, target;
+  WeightRef weight;
+  AxisTaps h, w;
+
+  // Every source offset that some class uses: the panel of packed pixels holds one shifted copy for each.
+  std::vector<int64_t> offsets_h, offsets_w;
+  std::vector<GatherClass> classes;
+  int64_t padded_rows;         // of all classes of a chunk
+  int64_t weights_per_channel;  // packed elements of a chunk
+
+  bool rows_across;      // vector lanes are rows (channels_last, large strides) instead of pixels
+  bool rows_by_phase;    // rows of a class in the order (phase, row) instead of (row, phase): what lies contiguous in the target
+  bool batch_innermost;  // pixels in the order (position, image), so that a tile has one position and skips its invalid taps
+  int tile;              // index of the register tile
+  int64_t pixel_width, row_width;                  // tile size in pixels and in rows
+  int64_t pixel_runs, run_length, tiles_per_run;   // pixels are numbered run by run; tiles do not cross runs
+  int64_t block_tiles;                             // pixel tiles that one task holds
+  int64_t row_chunk, row_chunks;                   // rows (before phases) summed at a time
+  int64_t channel_block, offset_block;             // K is cut into blocks of channels x offsets
+  int64_t chunks_per_task;
+
+  int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
+  int64_t tiles() const { return pixel_runs * tiles_per_run; }
+  int64_t weight_elements() const { return groups * row_chunks * channels * weights_per_channel; }
+};
+
+// `element_bytes` is the size of the type that sums are kept in, `tiles` the register tiles of the ISA, `lanes` its vector length.
+GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count, int lanes, int element_bytes, int threads);
+
+}  // namespace cpu
+}  // namespace deconv

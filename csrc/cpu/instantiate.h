@@ -1,0 +1,43 @@
+// Included last by each isa_*.cpp: the kernels for every float type, as a table.
+#pragma once
+
+#include "direct.h"
+#include "gather_gemm.h"
+#include "grad_bias.h"
+#include "kernels.h"
+#include "weight_gemm.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+// Calls f with a value of the storage type.
+template <class F>
+void with_storage(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kFloat64:
+      return f(double{});
+    case Dtype::kFloat16:
+      return f(Float16{});
+    case Dtype::kBFloat16:
+      return f(BFloat16{});
+    case Dtype::kInt64:
+      return;  // never gets here: integers belong to the reference
+  }
+}
+
+inline Kernels table(const char* isa, bool (*supported)()) {
+  return {isa, supported,
+          [](Op op, const Params& params, int threads) {
+            with_storage(params.dtype, [&](auto s) { gather_gemm<decltype(s)>(op, params, threads); });
+          },
+          [](const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { weight_gemm<decltype(s)>(params, threads); }); },
+          [](Op op, const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { direct<decltype(s)>(op, params, threads); }); },
+          [](const GradBiasParams& params, int threads) { with_storage(params.dtype, [&](auto s) { grad_bias<decltype(s)>(params, threads); }); }};
+}
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv

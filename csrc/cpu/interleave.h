@@ -1,0 +1,50 @@
+// Puts the phases of a row back into place. Each phase of an output row was computed by itself, contiguous; writing them one by one would touch
+// every cache line `stride` times.
+#pragma once
+
+#include "simd.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+template <int Width, class S, class T>
+inline void interleave_full(S* __restrict to, const T* const* from, int64_t at, int64_t count, T bias) {
+  const T* source[Width];
+  for (int p = 0; p < Width; ++p) source[p] = from[p] + at;
+  for (int64_t i = 0; i < count; ++i)
+    for (int p = 0; p < Width; ++p) to[i * Width + p] = convert<S>(source[p][i] + bias);
+}
+
+// to[start + i * step + p] = from[p][at + i] + bias, where that index is in [0, size)
+template <class S, class T>
+inline void interleave(S* to, int64_t start, int64_t step, int64_t size, const T* const* from, int64_t width, int64_t at, int64_t count, T bias) {
+  const int64_t head = start < 0 ? min_of(count, (-start + step - 1) / step) : 0;
+  const int64_t full = size - start - width >= 0 ? (size - start - width) / step + 1 : 0;
+  const int64_t tail = max_of(head, min_of(count, full));
+  const auto edge = [&](int64_t i) {
+    for (int64_t p = 0; p < width; ++p) {
+      const int64_t index = start + i * step + p;
+      if (index >= 0 && index < size) to[index] = convert<S>(from[p][at + i] + bias);
+    }
+  };
+  for (int64_t i = 0; i < head; ++i) edge(i);
+  S* inner = to + start + head * step;
+  if (width == 1 && step == 1) {
+    interleave_full<1>(inner, from, at + head, tail - head, bias);
+  } else if (width == 2 && step == 2) {
+    interleave_full<2>(inner, from, at + head, tail - head, bias);
+  } else if (width == 3 && step == 3) {
+    interleave_full<3>(inner, from, at + head, tail - head, bias);
+  } else if (width == 4 && step == 4) {
+    interleave_full<4>(inner, from, at + head, tail - head, bias);
+  } else {
+    for (int64_t i = head; i < tail; ++i)
+      for (int64_t p = 0; p < width; ++p) to[start + i * step + p] = convert<S>(from[p][at + i] + bias);
+  }
+  for (int64_t i = tail; i < count; ++i) edge(i);
+}
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv

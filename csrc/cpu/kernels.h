@@ -1,0 +1,24 @@
+// What one instruction set offers: the same functions for each, found at run time (deconv_cpu.cpp).
+#pragma once
+
+#include "../params.h"
+
+namespace deconv {
+namespace cpu {
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();  // by this machine
+  void (*gather_gemm)(Op, const Params&, int threads);
+  void (*weight_gemm)(const Params&, int threads);
+  void (*direct)(Op, const Params&, int threads);
+  void (*grad_bias)(const GradBiasParams&, int threads);
+};
+
+// Null where the compiler or the architecture lacks the instruction set.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace cpu
+}  // namespace deconv

@@ -1,0 +1,84 @@
+// The one inner loop of every matrix product in here, a batch-reduce GEMM on a register tile:
+//
+//     C[m][n] (+)= sum over segments s, steps k < length_s of A_s[m][k] * B_s[k][n]        m < RM, n < RN vectors
+//
+// A is broadcast: element (m, k) lies at a + row[m] + k * step, so A may be a packed panel (row[m] = m, step = RM), rows of a tensor
+// (row[m] = m * pitch, step = 1) or a padded image that is read with a stride. B is a panel of full vectors, RN a step. Segments
+// let the caller leave out what is known to be zero (a kernel element that reads outside the image) and stitch panels together.
+//
+// Register budget: RM * RN sums + RN vectors of B + 1 broadcast <= the ISA's registers. Sums start at zero in every call and are added to
+// C once: partial sums over at most a few hundred terms, which also keeps the rounding error low.
+#pragma once
+
+#include "simd.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+template <class T>
+struct Segment {
+  const T* a;
+  const T* b;
+  int64_t length;
+};
+
+template <class T, int RM, int RN>
+void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row, int64_t step, T* c, int64_t ldc, bool accumulate) {
+  static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
+  constexpr int kN = kLanes<T>;
+  Vector<T> sum[RM][RN];
+  for (int m = 0; m < RM; ++m)
+    for (int n = 0; n < RN; ++n) sum[m][n] = Vector<T>{};
+
+  for (int64_t s = 0; s < count; ++s) {
+    const T* a[RM];
+    for (int m = 0; m < RM; ++m) a[m] = segments[s].a + row[m];
+    const T* b = segments[s].b;
+    int64_t at = 0;
+    for (int64_t k = segments[s].length; k > 0; --k) {
+      Vector<T> vb[RN];
+      for (int n = 0; n < RN; ++n) vb[n] = load_vector(b + n * kN);
+      for (int m = 0; m < RM; ++m) {
+        const T va = a[m][at];
+        for (int n = 0; n < RN; ++n) sum[m][n] += va * vb[n];
+      }
+      at += step;
+      b += RN * kN;
+    }
+  }
+  for (int m = 0; m < RM; ++m)
+    for (int n = 0; n < RN; ++n) {
+      T* target = c + m * ldc + n * kN;
+      store_vector(target, accumulate ? load_vector(target) + sum[m][n] : sum[m][n]);
+    }
+}
+
+// The tiles that exist, as data: planning chooses by these numbers, drivers call by index.
+template <class T>
+struct Tile {
+  int rows, vectors;  // RM, RN
+  void (*multiply)(const Segment<T>*, int64_t, const int64_t*, int64_t, T*, int64_t, bool);
+};
+
+template <class T, int RM, int RN>
+constexpr Tile<T> make_tile() {
+  return {RM, RN, multiply_tile<T, RM, RN>};
+}
+
+// 32 registers: 8x3 and 12x2 use 24 to 26 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step are RM + RN at two a cycle, against RM * RN / 2
+// cycles of multiply-add; the narrow tiles serve few rows or few lanes.
+template <class T>
+struct Tiles {
+#if DECONV_VECTOR_REGISTERS >= 32
+  static constexpr Tile<T> list[] = {make_tile<T, 8, 3>(), make_tile<T, 12, 2>(), make_tile<T, 9, 3>(), make_tile<T, 6, 4>(),
+                                     make_tile<T, 4, 4>(), make_tile<T, 8, 2>(), make_tile<T, 8, 1>()};
+#else
+  static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(), make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),
+                                     make_tile<T, 4, 1>()};
+#endif
+};
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv
