@@ -159,15 +159,14 @@ class Case:
     ) -> Operands:
         """Random tensors, the same for the same seed whatever the dtype and the layout.
 
-        Normally distributed; with `exact`, integers from -4 to 4, so that every product and every
-        sum of fewer than 2^20 of them is exact in float32, and only the last rounding to `dtype`
-        can change a result. x, w and dy are arranged as `layout` says, see `LAYOUTS`.
+        Normally distributed; with `exact`, integers from -16 to 16, so that every sum of fewer than
+        2^16 products is exact in float32, and only the last rounding to `dtype` can change it. x, w and dy are arranged as `layout` says, see `LAYOUTS`.
         """
         generator = torch.Generator().manual_seed(seed)
 
         def fill(*shape: int) -> Tensor:
             parts = [
-                torch.randint(-4, 5, shape, generator=generator, dtype=torch.float64)
+                torch.randint(-16, 17, shape, generator=generator, dtype=torch.float64)
                 if exact
                 else torch.randn(shape, generator=generator, dtype=torch.float64)
                 for _ in range(1 + dtype.is_complex)

@@ -1,0 +1,81 @@
+"""The definition of transposed convolution, for comparison: plain torch, nothing of the extension.
+
+    y[n, co, i*stride + k*dilation - pad] += x[n, ci, i] * w[ci, co, k]        (on both axes)
+
+Sums are taken in the dtype of the operands: give float64, complex128 or int64 for a reference.
+Pairs (i, k) whose output does not exist contribute nothing, not even NaN to a zero.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deconv_ext.testing import Case
+
+Slices = tuple[slice, slice]
+
+
+def _axis(size: int, out: int, tap: int, stride: int, dilation: int, pad: int) -> Slices:
+    """The inputs i, and their outputs i*stride + tap*dilation - pad, for which both exist."""
+    inputs = [i for i in range(size) if 0 <= i * stride + tap * dilation - pad < out]
+    if not inputs:
+        return slice(0), slice(0)
+    first, last = (i * stride + tap * dilation - pad for i in (inputs[0], inputs[-1]))
+    return slice(inputs[0], inputs[-1] + 1), slice(first, last + 1, stride)
+
+
+def _taps(case: Case) -> Iterator[tuple[Slices, Slices, Slices]]:
+    """For each tap of the kernel: the tap, the inputs it reads and the outputs it adds to."""
+    for kh in range(case.kernel[0]):
+        for kw in range(case.kernel[1]):
+            (rows, out_rows), (columns, out_columns) = (
+                _axis(*sizes)
+                for sizes in zip(
+                    case.input_size,
+                    case.output_size,
+                    (kh, kw),
+                    case.stride,
+                    case.dilation,
+                    case.padding[::2],
+                )
+            )
+            yield (slice(kh, kh + 1), slice(kw, kw + 1)), (rows, columns), (out_rows, out_columns)
+
+
+def _grouped(case: Case, x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views with an axis for the groups: x [N, G, C, H, W], w [G, C, D, kH, kW], y [N, G, D, OH, OW]."""
+    channels = case.c_in // case.groups, case.c_out // case.groups
+    return (
+        x.view(case.batch, case.groups, channels[0], *case.input_size),
+        w.view(case.groups, *channels, *case.kernel),
+        y.view(case.batch, case.groups, channels[1], *case.output_size),
+    )
+
+
+def forward(case: Case, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """y [N, C_out, OH, OW]."""
+    y = x.new_zeros(case.y_shape)
+    xg, wg, yg = _grouped(case, x, w, y)
+    for tap, pixels, outputs in _taps(case):
+        yg[(..., *outputs)] += torch.einsum("ngchw,gcdkl->ngdhw", xg[(..., *pixels)], wg[(..., *tap)])
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def grad_input(case: Case, dy: Tensor, w: Tensor) -> Tensor:
+    """dx [N, C_in, H, W]: the sum of dy * w over the outputs that each x takes part in."""
+    dx = dy.new_zeros(case.x_shape)
+    xg, wg, yg = _grouped(case, dx, w, dy)
+    for tap, pixels, outputs in _taps(case):
+        xg[(..., *pixels)] += torch.einsum("ngdhw,gcdkl->ngchw", yg[(..., *outputs)], wg[(..., *tap)])
+    return dx
+
+
+def grad_weight(case: Case, x: Tensor, dy: Tensor) -> Tensor:
+    """dw [C_in, C_out/groups, kH, kW]: the sum of x * dy over the pixels that each tap connects."""
+    dw = x.new_zeros(case.w_shape)
+    xg, wg, yg = _grouped(case, x, dw, dy)
+    for tap, pixels, outputs in _taps(case):
+        product = torch.einsum("ngchw,ngdhw->gcd", xg[(..., *pixels)], yg[(..., *outputs)])
+        wg[(..., *tap)] = product[..., None, None]
+    return dw

@@ -1,0 +1,148 @@
+"""What the tests of the binary module share: the operations by name, their definitions and torch's."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from deconv_ext.build import extension
+from deconv_ext.testing import Case, Operands, relayout
+
+C = extension()
+OPERATIONS = ("forward", "grad_input", "grad_weight")
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (*FLOATS, torch.complex64, torch.complex128, torch.int64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(op: str, case: Case, t: Operands, algo: str = "auto") -> Tensor:
+    """The operation by the extension; the operands may be of any layout."""
+    if op == "forward":
+        return C.forward(t.x, t.w, t.bias, *case.geometry, algo=algo)
+    if op == "grad_input":
+        return C.grad_input(t.dy, t.w, case.input_size, *case.geometry, algo=algo)
+    return C.grad_weight(t.x, t.dy, case.kernel, *case.geometry, algo=algo)
+
+
+def run_if_accepted(op: str, case: Case, t: Operands, algo: str) -> Tensor | None:
+    """As `run`, but None where a forced algorithm declines a problem that it may decline."""
+    try:
+        return run(op, case, t, algo)
+    except RuntimeError as error:
+        assert f"algo='{algo}' cannot take this problem: " in str(error), error
+        assert not must_accept(algo, t.w.dtype), f"{algo} declines {case!r}: {error}"
+        return None
+
+
+def must_accept(algo: str, dtype: torch.dtype) -> bool:
+    """Whether declining is a fault: nothing is declined but integers, by all except the reference."""
+    return algo == "reference" or dtype != torch.int64
+
+
+def define(op: str, case: Case, t: Operands) -> Tensor:
+    """The operation by its definition, in float64, complex128 or int64; linear, nothing conjugated."""
+    wide = torch.complex128 if t.w.is_complex() else torch.float64
+    wide = torch.int64 if t.w.dtype == torch.int64 else wide
+    x, w, bias, dy = (tensor.to(wide).contiguous() for tensor in t)
+    if op == "forward":
+        return reference.forward(case, x, w, bias)
+    if op == "grad_input":
+        return reference.grad_input(case, dy, w)
+    return reference.grad_weight(case, x, dy)
+
+
+def run_torch(op: str, case: Case, t: Operands) -> Tensor:
+    """The operation by torch's own operator, where the padding allows it."""
+    if op == "forward":
+        return torch.nn.functional.conv_transpose2d(t.x, t.w, t.bias, **case.torch_arguments)
+    # Autograd conjugates the other operand of a product; conjugated beforehand, it does not.
+    x, w = (tensor.conj().detach().requires_grad_() for tensor in (t.x, t.w))
+    y = torch.nn.functional.conv_transpose2d(x, w, **case.torch_arguments)
+    return torch.autograd.grad(y, x if op == "grad_input" else w, t.dy)[0]
+
+
+@functools.cache
+def exact(case: Case, is_complex: bool) -> tuple[Operands, dict[str, Tensor]]:
+    """Operands of small integers, as int64 or complex128, and the exact result of each operation."""
+    t = case.operands(sum(map(ord, case.name)), torch.complex128 if is_complex else torch.int64, exact=True)
+    return t, {op: define(op, case, t) for op in OPERATIONS}
+
+
+def cast(t: Operands, dtype: torch.dtype, layout: str = "contiguous") -> Operands:
+    """The same numbers in another dtype and layout; the bias stays a plain vector."""
+    x, w, bias, dy = (tensor.to(dtype) for tensor in t)
+    return Operands(relayout(x, layout), relayout(w, layout), bias, relayout(dy, layout))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers, to compare NaN and the sign of zero as well."""
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return plain.contiguous().view(sizes[plain.itemsize])
+
+
+def assert_same_bits(got: Tensor, want: Tensor, what: object) -> None:
+    assert got.dtype == want.dtype and got.shape == want.shape, what
+    different = bits(got) != bits(want)
+    assert not different.any(), f"{what}: {int(different.sum())} of {got.numel()} differ"
+
+
+def assert_equal(got: Tensor, want: Tensor, what: object) -> None:
+    """Equal numbers (NaN equals NaN, 0 equals -0), dtype and shape; else tells the first difference."""
+    assert got.dtype == want.dtype and got.shape == want.shape, (
+        f"{what}: got {got.dtype} {tuple(got.shape)}, want {want.dtype} {tuple(want.shape)}"
+    )
+    different = (got != want) & ~((got != got) & (want != want))
+    if different.any():
+        where = tuple(different.nonzero()[0].tolist())
+        pytest.fail(
+            f"{what}: {int(different.sum())} of {got.numel()} differ, first at {where}: "
+            f"got {got[where].item()}, want {want[where].item()}"
+        )
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the kernels of one instruction set."""
+    before = C.cpu_isa()
+    C.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        C.set_cpu_isa(before)
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def implementations(*operations: str) -> pytest.MarkDecorator:
+    """Parametrise over (op, algo, isa): all there is in the binary and runs on this machine.
+
+    The reference is the same code for every instruction set, so it appears once.
+    """
+    isas = C.cpu_isas()
+    rows = [
+        pytest.param(op, algo, isa, id=f"{op}-{algo}-{isa}")
+        for op in operations or OPERATIONS
+        for algo in C.list_algorithms(op)
+        for isa in (isas[:1] if algo == "reference" else isas)
+    ]
+    return pytest.mark.parametrize("op,algo,isa", rows)
+
+
+def each_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", dtypes or DTYPES, ids=dtype_name)

@@ -1,0 +1,86 @@
+"""Integers small enough to be exact come out exact: every algorithm, instruction set, dtype, layout.
+
+The operands are integers of at most 16, so float32 sums them without error and only the rounding of
+the result to its dtype may act, once: `definition.to(dtype)` is the one right answer.
+"""
+
+import itertools
+
+import pytest
+import torch
+from support import C, assert_equal, cast, dtype_name, each_dtype, exact, implementations
+from support import run, run_if_accepted, use_isa
+
+from deconv_ext.testing import EDGE, TINY, random_case
+
+CASES = (*TINY, *EDGE, *(random_case(seed) for seed in range(80)))
+
+
+@each_dtype()
+@implementations()
+def test_exact(op: str, algo: str, isa: str, dtype: torch.dtype) -> None:
+    """Accepted problems are right, and the problems that the algorithm is for are accepted."""
+    accepted = 0
+    with use_isa(isa):
+        for index, case in enumerate(CASES):
+            operands, results = exact(case, dtype.is_complex)
+            want = results[op].to(dtype)
+            third = ("sliced", "transposed", "negative", "conjugate")[index % 4]
+            for layout in ("contiguous", "channels_last", third):
+                got = run_if_accepted(op, case, cast(operands, dtype, layout), algo)
+                if got is not None:
+                    accepted += 1
+                    assert_equal(got, want, (case, layout))
+    assert accepted > 0 or (dtype == torch.int64 and algo != "reference"), "declines everything"
+
+
+@each_dtype()
+@pytest.mark.parametrize("op", ("forward", "grad_input", "grad_weight"))
+def test_exact_by_default(op: str, dtype: torch.dtype) -> None:
+    """What a user gets: the choice of algorithm accepts everything, also operands of mixed layouts."""
+    layouts = itertools.cycle(itertools.product(("contiguous", "channels_last", "sliced"), repeat=3))
+    for case, (x, w, dy) in zip(CASES, layouts):
+        operands, results = exact(case, dtype.is_complex)
+        mixed = [cast(operands, dtype, layout) for layout in (x, w, dy)]
+        t = mixed[0]._replace(w=mixed[1].w, dy=mixed[2].dy)
+        assert_equal(run(op, case, t), results[op].to(dtype), (case, x, w, dy))
+
+
+@each_dtype()
+def test_forward_without_bias(dtype: torch.dtype) -> None:
+    for case in CASES:
+        operands, results = exact(case, dtype.is_complex)
+        t = cast(operands, dtype)
+        want = (results["forward"] - operands.bias.view(-1, 1, 1)).to(dtype)
+        assert_equal(C.forward(t.x, t.w, None, *case.geometry), want, case)
+
+
+@each_dtype()
+def test_grad_bias(dtype: torch.dtype) -> None:
+    for case, layout in itertools.product(CASES, ("contiguous", "channels_last", "sliced", "transposed")):
+        operands, _ = exact(case, dtype.is_complex)
+        want = operands.dy.sum((0, 2, 3)).to(dtype)
+        assert_equal(C.grad_bias(cast(operands, dtype, layout).dy), want, (case, layout))
+
+
+def test_the_answers_are_not_trivial() -> None:
+    """A kernel that returns zeros, or the bias alone, would be found out."""
+    for case in CASES:
+        operands, results = exact(case, False)
+        if case.macs > 50:
+            for op, result in results.items():
+                assert result.count_nonzero() > result.numel() // 20, (op, case)
+                assert result.unique().numel() > 1, (op, case)
+            assert not torch.equal(results["forward"], operands.bias.view(-1, 1, 1).expand(case.y_shape))
+
+
+def test_half_rounds_once() -> None:
+    """Some exact sums are no bfloat16: rounding before adding the bias would give other numbers."""
+    found = 0
+    for case in CASES:
+        operands, results = exact(case, False)
+        y = results["forward"]
+        bias = operands.bias.view(-1, 1, 1)
+        twice = (y - bias).bfloat16() + bias.bfloat16()
+        found += int((twice != y.bfloat16()).sum())
+    assert found > 100, dtype_name(torch.bfloat16)
