@@ -8,8 +8,8 @@
 // ci and co run within a group; sums are kept in `Sum`. A sum that became NaN stays NaN, so the loops stop there.
 #pragma once
 
-#include "half.h"
-#include "params.h"
+#include "../half.h"
+#include "../params.h"
 
 namespace deconv {
 namespace reference {
