@@ -28,7 +28,9 @@ def can_compile():
 
 
 def _note(error):
-    print(f"deconv_ext: installed without binary, to be built at first use: {error}", file=sys.stderr)
+    print(
+        f"deconv_ext: installed without binary, to be built at first use: {error}", file=sys.stderr
+    )
 
 
 class BuildPy(build_py):
@@ -42,11 +44,11 @@ class BuildPy(build_py):
 
 class BuildExt(build_ext):
     def build_extension(self, ext):
-        from deconv_ext import build
+        from deconv_ext.compiler import BuildError, build
 
         try:
-            library = build.build(cache=ROOT / "build" / "native")
-        except build.BuildError as error:
+            library = build(cache=ROOT / "build" / "native")
+        except BuildError as error:
             _note(error)
             return
         target = Path(self.get_ext_fullpath(ext.name))

@@ -40,7 +40,9 @@ def self_test(device: str) -> Iterator[tuple[torch.dtype, str, float, float]]:
             ours = _results(functional.conv_transpose2d, case, device, dtype, dtype)
             theirs = _results(torch_operator, case, device, dtype, dtype)
             for name, right, *results in zip(OPERATIONS, truth, ours, theirs):
-                errors = [(r.cpu().to(wide) - right).abs().max() / right.abs().max() for r in results]
+                errors = [
+                    (r.cpu().to(wide) - right).abs().max() / right.abs().max() for r in results
+                ]
                 before = torch.tensor(worst.get(name, (0.0, 0.0)))
                 mine, torchs = torch.maximum(before, torch.stack(errors).float()).tolist()
                 worst[name] = mine, torchs
@@ -63,7 +65,7 @@ def _results(
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """What rounding explains: once to `dtype`, and a sum of many terms in what it accumulates in."""
+    """What rounding explains: once to `dtype`, and a long sum in what it accumulates in."""
     if dtype is torch.int64:
         return 0.0
     accumulator = dtype if torch.finfo(dtype).bits == 64 else torch.float32
