@@ -59,7 +59,15 @@ struct Algorithm {
 
 const char* needs_floats(const Params& p) { return is_integer(p) ? "it needs a floating point dtype" : nullptr; }
 
+const char* needs_depthwise(const Params& p) {
+  if (is_integer(p)) return needs_floats(p);
+  if (p.problem.groups != p.problem.c_in || p.problem.groups != p.problem.c_out) return "it needs groups == in_channels == out_channels";
+  return p.x.stride[1] == 1 && p.y.stride[1] == 1 ? nullptr : "it needs channels_last tensors";
+}
+
 const Algorithm kAlgorithms[] = {
+    {"depthwise", needs_depthwise, [](const Params&) { return true; },
+     [](Op op, const Params& p, int threads) { kernels().depthwise(op, p, threads); }},
     {"direct", needs_floats,
      [](const Params& p) { return (p.problem.c_in / p.problem.groups) * (p.problem.c_out / p.problem.groups) <= kDirectProducts; },
      [](Op op, const Params& p, int threads) { kernels().direct(op, p, threads); }},

@@ -10,6 +10,7 @@
 #include "../parallel.h"
 #include "../reference/elements.h"
 #include "interleave.h"
+#include "microkernel.h"
 #include "scratch.h"
 
 namespace deconv {
@@ -29,6 +30,7 @@ template <class T, class S>
 inline void add_scaled(T* sum, const S* x, int64_t stride, T w, int64_t count) {
   if (stride == 1) return add_scaled_row<1>(sum, x, stride, w, count);
   if (stride == 2) return add_scaled_row<2>(sum, x, stride, w, count);
+  if (stride == 4) return add_scaled_row<4>(sum, x, stride, w, count);
   add_scaled_row<0>(sum, x, stride, w, count);
 }
 
@@ -53,8 +55,30 @@ template <class T, class S>
 inline void add_products(T* sum, const S* x, int64_t x_stride, const S* y, int64_t y_stride, int64_t count) {
   if (x_stride == 1 && y_stride == 1) return add_products_row<1>(sum, x, x_stride, y, y_stride, count);
   if (x_stride == 1 && y_stride == 2) return add_products_row<2>(sum, x, x_stride, y, y_stride, count);
+  if (x_stride == 1 && y_stride == 4) return add_products_row<4>(sum, x, x_stride, y, y_stride, count);
   add_products_row<0>(sum, x, x_stride, y, y_stride, count);
 }
+
+// Sums of many terms in two levels, as everywhere (microkernel.h): call after every row of terms; folds the partial sums into the totals when they
+// have taken kPartialSum terms.
+template <class T>
+struct PartialSums {
+  T *partial, *total;
+  int64_t count, terms = 0;
+
+  PartialSums(T* memory, int64_t size) : partial(memory), total(memory + size), count(size) {
+    for (int64_t i = 0; i < 2 * count; ++i) memory[i] = 0;
+  }
+  void added(int64_t more) {
+    terms += more;
+    if (terms >= kPartialSum) fold();
+  }
+  void fold() {
+    for (int64_t i = 0; i < count; ++i) total[i] += partial[i];
+    for (int64_t i = 0; i < count; ++i) partial[i] = 0;
+    terms = 0;
+  }
+};
 
 // Inputs i in [begin, end) that kernel element k carries to an output inside the axis.
 struct Range {
@@ -86,17 +110,17 @@ struct Direct {
     const int64_t piece = max_of<int64_t>(1, min_of(positions, kPiece / phases));
     const int64_t group = co / group_out;
     const T bias = params.bias ? convert<T>(static_cast<const S*>(params.bias)[co * params.bias_stride]) : T(0);
-    Carver carver(thread_scratch((phases * piece + kLanes<T>) * sizeof(T) + phases * sizeof(T*) + 128));
-    T* sums = carver.take<T>(phases * piece);  // [phase][position]
+    Carver carver(thread_scratch(2 * phases * piece * sizeof(T) + phases * sizeof(T*) + 64));
+    T* memory = carver.take<T>(2 * phases * piece);
     const T** rows = carver.take<const T*>(phases);
-    for (int64_t r = 0; r < phases; ++r) rows[r] = sums + r * piece;
     for (int64_t j0 = 0; j0 < positions; j0 += piece) {
       const int64_t count = min_of(piece, positions - j0);
-      for (int64_t i = 0; i < phases * piece; ++i) sums[i] = 0;
+      PartialSums<T> sums(memory, phases * piece);  // [phase][position]
+      for (int64_t r = 0; r < phases; ++r) rows[r] = sums.total + r * piece;
       for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
         const int64_t ih = input_index(p.h, oh, kh);
         if (ih < 0) continue;
-        for (int64_t ci = group * group_in; ci < (group + 1) * group_in; ++ci)
+        for (int64_t ci = group * group_in; ci < (group + 1) * group_in; ++ci) {
           for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
             const Range inputs = inputs_of(p.w, kw);
             if (inputs.begin == inputs.end) continue;
@@ -104,10 +128,13 @@ struct Direct {
             const int64_t r = first % p.w.stride, shift = inputs.begin - first / p.w.stride;  // input = position + shift
             const int64_t begin = max_of(inputs.begin, j0 + shift), end = min_of(inputs.end, j0 + count + shift);
             if (begin < end)
-              add_scaled(sums + r * piece + begin - shift - j0, at(params.x, n, ci, ih, begin), params.x.stride[3],
+              add_scaled(sums.partial + r * piece + begin - shift - j0, at(params.x, n, ci, ih, begin), params.x.stride[3],
                          weight(ci, co - group * group_out, kh, kw), end - begin);
           }
+          sums.added(p.w.kernel / phases + 1);
+        }
       }
+      sums.fold();
       S* y = static_cast<S*>(params.y.data) + params.y.at(n, co, oh, 0);
       if (params.y.stride[3] == 1) {
         interleave(y, j0 * p.w.stride, p.w.stride, p.w.out, rows, phases, 0, count, bias);
@@ -120,33 +147,35 @@ struct Direct {
   }
 
   void grad_input_row(int64_t n, int64_t ci, int64_t ih) const {
-    T* sums = static_cast<T*>(thread_scratch(kPiece * sizeof(T)));
-    const int64_t group = ci / group_in;
-    for (int64_t i0 = 0; i0 < p.w.in; i0 += kPiece) {
-      const int64_t count = min_of(kPiece, p.w.in - i0);
-      for (int64_t i = 0; i < count; ++i) sums[i] = 0;
+    const int64_t group = ci / group_in, piece = min_of(kPiece, p.w.in);
+    T* memory = static_cast<T*>(thread_scratch(2 * piece * sizeof(T)));
+    for (int64_t i0 = 0; i0 < p.w.in; i0 += piece) {
+      const int64_t count = min_of(piece, p.w.in - i0);
+      PartialSums<T> sums(memory, count);
       for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
         const int64_t oh = output_index(p.h, ih, kh);
         if (oh < 0) continue;
-        for (int64_t co = 0; co < group_out; ++co)
+        for (int64_t co = 0; co < group_out; ++co) {
           for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
             const Range inputs = inputs_of(p.w, kw);
             const int64_t begin = max_of(inputs.begin, i0), end = min_of(inputs.end, i0 + count);
             if (begin < end)
-              add_scaled(sums + begin - i0, at(params.y, n, group * group_out + co, oh, begin * p.w.stride + kw * p.w.dilation - p.w.pad),
+              add_scaled(sums.partial + begin - i0, at(params.y, n, group * group_out + co, oh, begin * p.w.stride + kw * p.w.dilation - p.w.pad),
                          params.y.stride[3] * p.w.stride, weight(ci, co, kh, kw), end - begin);
           }
+          sums.added(p.w.kernel);
+        }
       }
+      sums.fold();
       S* dx = static_cast<S*>(params.x.data) + params.x.at(n, ci, ih, i0);
-      for (int64_t i = 0; i < count; ++i) dx[i * params.x.stride[3]] = convert<S>(sums[i]);
+      for (int64_t i = 0; i < count; ++i) dx[i * params.x.stride[3]] = convert<S>(sums.total[i]);
     }
   }
 
   // The weights of one pair of channels and one kernel row. A column of lanes each, added over all lines, then summed.
   void grad_weight_row(int64_t ci, int64_t co, int64_t kh) const {
     constexpr int kN = kLanes<T>;
-    T* sums = static_cast<T*>(thread_scratch(p.w.kernel * kN * sizeof(T)));
-    for (int64_t i = 0; i < p.w.kernel * kN; ++i) sums[i] = 0;
+    PartialSums<T> sums(static_cast<T*>(thread_scratch(2 * p.w.kernel * kN * sizeof(T))), p.w.kernel * kN);
     const int64_t channel = ci / group_in * group_out + co;
     const Range lines = inputs_of(p.h, kh);
     for (int64_t n = 0; n < p.batch; ++n)
@@ -155,14 +184,16 @@ struct Direct {
         for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
           const Range inputs = inputs_of(p.w, kw);
           if (inputs.begin < inputs.end)
-            add_products(sums + kw * kN, at(params.x, n, ci, ih, inputs.begin), params.x.stride[3],
+            add_products(sums.partial + kw * kN, at(params.x, n, ci, ih, inputs.begin), params.x.stride[3],
                          at(params.y, n, channel, oh, inputs.begin * p.w.stride + kw * p.w.dilation - p.w.pad), params.y.stride[3] * p.w.stride,
                          inputs.end - inputs.begin);
         }
+        sums.added(p.w.in / kN + 1);
       }
+    sums.fold();
     for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
       T total = 0;
-      for (int lane = 0; lane < kN; ++lane) total += sums[kw * kN + lane];
+      for (int lane = 0; lane < kN; ++lane) total += sums.total[kw * kN + lane];
       static_cast<S*>(params.w.data)[params.w.at(ci, co, kh, kw)] = convert<S>(total);
     }
   }

@@ -1,6 +1,7 @@
 #include "gather.h"
 
 #include <limits>
+#include <numeric>
 
 namespace deconv {
 namespace cpu {
@@ -13,6 +14,8 @@ constexpr int64_t kSumBytes = 256 << 10;
 // Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds above.
 constexpr int64_t kBlockPixels = 96;
 constexpr int64_t kMaxBlockPixels = 384;
+// Channels packed at a time, if there are as many: long runs, even if fewer offsets fit then.
+constexpr int64_t kLeastChannels = 64;
 // Rows summed at a time, if there are as many: each packed pixel then serves 256 multiply-adds.
 constexpr int64_t kLeastRows = 256;
 
@@ -76,6 +79,8 @@ void pair_classes(GatherPlan& plan) {
       c.first_weight = plan.weights_per_channel;
       plan.padded_rows += c.padded_rows;
       plan.weights_per_channel += c.padded_rows * c.taps;
+      const auto lacks_taps = [](const PhaseClass& axis) { return std::find(axis.k.begin(), axis.k.end(), -1) != axis.k.end(); };
+      plan.padded_weights |= c.padded_rows != plan.row_chunk * h.phases * w.phases || lacks_taps(h) || lacks_taps(w);
       plan.classes.push_back(c);
     }
 }
@@ -145,9 +150,11 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
 void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   const int64_t panel_elements = kPanelBytes / element_bytes, sum_elements = kSumBytes / element_bytes;
   const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
-  const int64_t most = std::max<int64_t>(1, panel_elements / (offsets * kBlockPixels));
+  const int64_t most = std::max(kLeastChannels, panel_elements / (offsets * kBlockPixels));
   plan.channel_block = ceil_div(plan.channels, ceil_div(plan.channels, most));
   plan.offset_block = std::min(offsets, std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
+  const int64_t offset_row = std::max<int64_t>(1, static_cast<int64_t>(plan.offsets_w.size()));
+  if (plan.offset_block > offset_row) plan.offset_block = plan.offset_block / offset_row * offset_row;
 
   if (plan.batch_innermost) {
     plan.pixel_runs = plan.h.positions * plan.w.positions;
@@ -169,18 +176,16 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
       std::min({kMaxBlockPixels, share, panel_elements / (plan.channel_block * plan.offset_block), sum_elements / least_rows});
   plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles()));
 
-  const int64_t rows_at_once = std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
-  plan.row_chunks = ceil_div(plan.rows, rows_at_once);
-  plan.row_chunk = ceil_div(plan.rows, plan.row_chunks);
+  // Chunks of rows end with whole tiles where they can; few blocks of pixels: spread the rows over the threads too.
+  const PhaseClass &h = plan.h.classes.front(), &w = plan.w.classes.front();
+  const int64_t unit = plan.row_width / std::gcd(plan.row_width, h.phases * w.phases);
   const int64_t blocks = ceil_div(plan.tiles(), plan.block_tiles) * plan.groups;
-  // Few blocks of pixels: also spread the rows over the threads.
-  if (blocks < tasks) {
-    const int64_t wanted = std::min(plan.rows, ceil_div(tasks, blocks));
-    const int64_t finest = ceil_div(plan.rows * phases, 4 * plan.row_width);  // at least about four tiles of rows a chunk
-    plan.row_chunks = std::max(plan.row_chunks, std::min(wanted, std::max<int64_t>(1, finest)));
-    plan.row_chunk = ceil_div(plan.rows, plan.row_chunks);
-    plan.row_chunks = ceil_div(plan.rows, plan.row_chunk);
-  }
+  const int64_t rows_at_once = std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
+  const int64_t finest = std::max<int64_t>(1, plan.rows * phases / (4 * plan.row_width));  // about four tiles of rows a chunk
+  const int64_t spread = blocks < tasks ? std::min(ceil_div(tasks, blocks), finest) : 1;
+  plan.row_chunk = ceil_div(plan.rows, std::max(ceil_div(plan.rows, rows_at_once), spread));
+  plan.row_chunk = std::min(plan.rows, round_up(plan.row_chunk, unit));
+  plan.row_chunks = ceil_div(plan.rows, plan.row_chunk);
   plan.chunks_per_task = blocks < tasks ? 1 : plan.row_chunks;
 }
 

@@ -50,6 +50,7 @@ struct GatherPlan {
   std::vector<GatherClass> classes;
   int64_t padded_rows;         // of all classes of a chunk
   int64_t weights_per_channel;  // packed elements of a chunk
+  bool padded_weights;          // some of them stand for rows or taps that do not exist
 
   bool rows_across;      // vector lanes are rows (channels_last, large strides) instead of pixels
   bool rows_by_phase;    // rows of a class in the order (phase, row) instead of (row, phase): what lies contiguous in the target

@@ -39,14 +39,14 @@ struct GatherGemm {
   // -------------------------------------------------------------------------------------------------------------------------
   // Weights
 
-  static constexpr int64_t kScatter = 2048;  // kernel elements handled at a time; their two tables fit L1
+  static constexpr int64_t kScatter = 512;  // kernel elements handled at a time: as many places are written to in turn
 
   // Packs the channels [c0, c0 + channels) of one chunk. The source is read in its own order, one channel after the other: every kernel
   // element has one place in the packed panel.
   void pack_weights(int64_t group, int64_t chunk, int64_t c0, int64_t channels) const {
     const int64_t first = chunk * plan.row_chunk, rows = min_of(plan.row_chunk, plan.rows - first);
     T* panel = weights + ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
-    for (int64_t i = 0; i < channels * plan.weights_per_channel; ++i) panel[i] = 0;
+    if (plan.padded_weights || rows < plan.row_chunk) clear(panel, channels * plan.weights_per_channel);
     const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group + c0 * plan.weight.channel + first * plan.weight.row;
 
     int64_t from[kScatter], to[kScatter];
@@ -142,47 +142,81 @@ struct GatherGemm {
   void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
                    T* panel, bool* present) const {
     const S* source = static_cast<const S*>(plan.source.data) + (group * plan.channels + c0) * plan.source.stride[1];
-    const int64_t channel_stride = plan.source.stride[1];
-    const int64_t pixel_stride = plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
-    const int64_t width = plan.pixel_width;
     const PixelRun* first = runs;
     for (int64_t t = 0; t < tiles; ++t) {
       const PixelRun* last = first;
-      int64_t pixels = 0;
-      while (last < runs + run_count && last->at < (t + 1) * width) pixels += (last++)->count;
-      for (int64_t u = 0; u < offsets; ++u) {
-        const int64_t offset_h = plan.offsets_h[(u0 + u) / plan.offsets_w.size()], offset_w = plan.offsets_w[(u0 + u) % plan.offsets_w.size()];
-        int64_t found = 0;
-        for (const PixelRun* run = first; run < last; ++run) {
-          const Piece piece = piece_of(*run, offset_h, offset_w);
-          found += max_of<int64_t>(0, piece.end - piece.begin);
-        }
-        present[t * offsets + u] = found > 0;
-        if (found == 0) continue;
-        T* to = plan.rows_across ? panel + (t * width * offsets + u) * channels : panel + (t * offsets + u) * channels * width;
-        if (found < width) clear(to, offsets, channels);
-        for (const PixelRun* run = first; run < last; ++run) {
-          const Piece piece = piece_of(*run, offset_h, offset_w);
-          const int64_t at = run->at - t * width + piece.begin;
-          if (plan.rows_across) {
-            for (int64_t i = 0; i < piece.end - piece.begin; ++i)
-              copy(to + (at + i) * offsets * channels, source + piece.source + i * pixel_stride, channel_stride, channels);
-          } else {
-            for (int64_t c = 0; c < channels; ++c)
-              copy(to + c * width + at, source + piece.source + c * channel_stride, pixel_stride, piece.end - piece.begin);
-          }
-        }
+      while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
+      T* to = panel + t * plan.pixel_width * offsets * channels;
+      if (plan.rows_across) {
+        pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to, present + t * offsets);
+      } else {
+        pack_as_lanes(source, first, last, t * plan.pixel_width, channels, u0, offsets, to, present + t * offsets);
       }
       first = last;
     }
   }
 
-  // Zeros for the pixels of a tile that lack a source.
-  void clear(T* to, int64_t offsets, int64_t channels) const {
-    const int64_t rows = plan.rows_across ? plan.pixel_width : 1, pitch = offsets * channels;
-    const int64_t length = plan.rows_across ? channels : channels * plan.pixel_width;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < length; ++i) to[r * pitch + i] = 0;
+  // [offset][channel][pixel]: rows of the source, shifted.
+  void pack_as_lanes(const S* source, const PixelRun* first, const PixelRun* last, int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
+                     T* to, bool* present) const {
+    const int64_t pixel_stride = plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
+    const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
+    for (int64_t u = 0; u < offsets; ++u, to += channels * width) {
+      const int64_t offset_h = plan.offsets_h[(u0 + u) / count_w], offset_w = plan.offsets_w[(u0 + u) % count_w];
+      int64_t found = 0;
+      for (const PixelRun* run = first; run < last; ++run) {
+        const Piece piece = piece_of(*run, offset_h, offset_w);
+        found += max_of<int64_t>(0, piece.end - piece.begin);
+      }
+      present[u] = found > 0;
+      if (found == 0) continue;
+      if (found < width) clear(to, channels * width);
+      for (const PixelRun* run = first; run < last; ++run) {
+        const Piece piece = piece_of(*run, offset_h, offset_w);
+        T* at = to + run->at - first_pixel + piece.begin;
+        for (int64_t c = 0; c < channels; ++c)
+          copy(at + c * width, source + piece.source + c * plan.source.stride[1], pixel_stride, piece.end - piece.begin);
+      }
+    }
+  }
+
+  // [pixel][offset][channel]: where channels are contiguous and offsets follow each other, neighbouring taps are one copy.
+  void pack_as_rows(const S* source, const PixelRun* first, const PixelRun* last, int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
+                    T* to, bool* present) const {
+    const int64_t count_w = plan.offsets_w.size(), stride_c = plan.source.stride[1], stride_w = plan.source.stride[3];
+    const bool consecutive = plan.offsets_w[count_w - 1] - plan.offsets_w[0] == count_w - 1;
+    const bool contiguous = stride_c == 1 && stride_w == channels;
+    for (int64_t u = 0; u < offsets; ++u) present[u] = false;
+    for (int64_t u = 0, length; u < offsets; u += length) {
+      const int64_t first_w = (u0 + u) % count_w, offset_h = plan.offsets_h[(u0 + u) / count_w];
+      length = consecutive ? min_of(count_w - first_w, offsets - u) : 1;
+      for (const PixelRun* run = first; run < last; ++run) {
+        const int64_t ih = run->jh * plan.h.source_step + offset_h;
+        const bool inside = ih >= 0 && ih < plan.h.source;
+        for (int64_t i = 0; i < run->count; ++i) {
+          const int64_t n = run->n + (plan.batch_innermost ? i : 0), jw = run->jw + (plan.batch_innermost ? 0 : i);
+          const int64_t iw = jw * plan.w.source_step + plan.offsets_w[first_w];
+          const int64_t begin = inside ? min_of(length, max_of<int64_t>(0, -iw)) : length;
+          const int64_t end = max_of(begin, min_of(length, plan.w.source - iw));
+          T* row = to + ((run->at - first_pixel + i) * offsets + u) * channels;
+          const S* from = source + plan.source.at(n, 0, ih, iw + begin);
+          clear(row, begin * channels);
+          if (contiguous) {
+            copy(row + begin * channels, from, 1, (end - begin) * channels);
+          } else {
+            for (int64_t tap = begin; tap < end; ++tap) copy(row + tap * channels, from + (tap - begin) * stride_w, stride_c, channels);
+          }
+          clear(row + end * channels, (length - end) * channels);
+          for (int64_t tap = begin; tap < end; ++tap) present[u + tap] = true;
+        }
+      }
+    }
+    const int64_t pixels = last == first ? 0 : (last - 1)->at + (last - 1)->count - first_pixel;
+    for (int64_t pixel = pixels; pixel < plan.pixel_width; ++pixel) clear(to + pixel * offsets * channels, offsets * channels);
+  }
+
+  static void clear(T* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 0;
   }
 
   // -------------------------------------------------------------------------------------------------------------------------
@@ -203,21 +237,26 @@ struct GatherGemm {
         const T* w = packed + channels * (g.first_weight + row * g.taps);
         for (int64_t t = 0; t < tiles; ++t) {
           const T* x = panel + t * plan.pixel_width * offsets * channels;
-          // Neighbouring taps whose weights and pixels both follow each other become one segment.
-          int64_t count = 0, next = -1;
-          for (int64_t tap = 0; tap < g.taps; ++tap) {
-            const int64_t u = g.offset_at[tap] - u0;
-            if (u < 0 || u >= offsets || !present[t * offsets + u]) continue;
-            if (next == tap && u > 0 && g.offset_at[tap - 1] == u0 + u - 1) {
-              segments[count - 1].length += channels;
-            } else {
-              const T* weight = w + tap * channels * plan.row_width;
-              const T* pixel = x + u * channels * (plan.rows_across ? 1 : plan.pixel_width);
-              segments[count++] = plan.rows_across ? Segment<T>{pixel, weight, channels} : Segment<T>{weight, pixel, channels};
+          T* target = sums + sum_at(g.first_row + row, t * plan.pixel_width);
+          // Partial sums end at fixed places of K = (tap, channel), whatever is skipped: the result must not depend on the tile's other pixels.
+          for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += kPartialSum) {
+            const int64_t k1 = min_of(k0 + kPartialSum, g.taps * channels);
+            int64_t count = 0, next = -1, last = -1;  // where the panel and the weights of the last segment go on
+            for (int64_t tap = k0 / channels; tap * channels < k1; ++tap) {
+              const int64_t u = g.offset_at[tap] - u0;
+              if (u < 0 || u >= offsets || !present[t * offsets + u]) continue;
+              const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels), at = u * channels + begin - tap * channels;
+              if (at == next && begin == last) {
+                segments[count - 1].length += end - begin;
+              } else {
+                const T *weight = w + begin * plan.row_width, *pixel = x + at * (plan.rows_across ? 1 : plan.pixel_width);
+                segments[count++] = plan.rows_across ? Segment<T>{pixel, weight, end - begin} : Segment<T>{weight, pixel, end - begin};
+              }
+              next = at + end - begin;
+              last = end;
             }
-            next = tap + 1;
+            if (count > 0 || (k0 == 0 && !accumulate)) tile.multiply(segments, count, row_offsets, step, target, pitch(), accumulate || k0 > 0);
           }
-          tile.multiply(segments, count, row_offsets, step, sums + sum_at(g.first_row + row, t * plan.pixel_width), pitch(), accumulate);
         }
       }
     }
@@ -387,8 +426,8 @@ void gather_gemm(Op op, const Params& params, int threads) {
   for (int i = 0; i < kTiles; ++i) shapes[i] = {Tiles<T>::list[i].rows, Tiles<T>::list[i].vectors * kLanes<T>};
   const GatherPlan plan = plan_gather(op, params, shapes, kTiles, kLanes<T>, sizeof(T), threads);
 
-  const Buffer packed(plan.weight_elements() * sizeof(T));
-  const GatherGemm<S> gemm{plan, Tiles<T>::list[plan.tile], static_cast<T*>(packed.data())};
+  T* packed = static_cast<T*>(call_scratch(plan.weight_elements() * sizeof(T)));
+  const GatherGemm<S> gemm{plan, Tiles<T>::list[plan.tile], packed};
   const int64_t channel_blocks = (plan.channels + plan.channel_block - 1) / plan.channel_block;
   parallel_for(plan.groups * plan.row_chunks * channel_blocks, threads, [&](int64_t task) {
     const int64_t c0 = task % channel_blocks * plan.channel_block, rest = task / channel_blocks;

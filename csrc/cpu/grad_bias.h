@@ -44,8 +44,7 @@ void grad_bias(const GradBiasParams& p, int threads) {
   const BiasSum<S> kernel{p};
   const int64_t lines = p.batch * p.out_h, parts = (p.c_out + kN - 1) / kN;
   const int64_t splits = min_of(lines, (kTasks + parts - 1) / parts);
-  const Buffer memory(parts * splits * kN * sizeof(double));
-  double* totals = static_cast<double*>(memory.data());  // [part][split][channel]
+  double* totals = static_cast<double*>(call_scratch(parts * splits * kN * sizeof(double)));  // [part][split][channel]
   parallel_for(parts * splits, threads, [&](int64_t task) {
     double* total = totals + task * kN;
     for (int64_t i = 0; i < kN; ++i) total[i] = 0;

@@ -1,6 +1,7 @@
 // Included last by each isa_*.cpp: the kernels for every float type, as a table.
 #pragma once
 
+#include "depthwise.h"
 #include "direct.h"
 #include "gather_gemm.h"
 #include "grad_bias.h"
@@ -35,6 +36,7 @@ inline Kernels table(const char* isa, bool (*supported)()) {
           },
           [](const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { weight_gemm<decltype(s)>(params, threads); }); },
           [](Op op, const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { direct<decltype(s)>(op, params, threads); }); },
+          [](Op op, const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { depthwise<decltype(s)>(op, params, threads); }); },
           [](const GradBiasParams& params, int threads) { with_storage(params.dtype, [&](auto s) { grad_bias<decltype(s)>(params, threads); }); }};
 }
 

@@ -12,6 +12,7 @@ struct Kernels {
   void (*gather_gemm)(Op, const Params&, int threads);
   void (*weight_gemm)(const Params&, int threads);
   void (*direct)(Op, const Params&, int threads);
+  void (*depthwise)(Op, const Params&, int threads);
   void (*grad_bias)(const GradBiasParams&, int threads);
 };
 

@@ -1,36 +1,42 @@
 #include "scratch.h"
 
 #include <cstdlib>
-#include <memory>
 #include <new>
 
 namespace deconv {
 namespace cpu {
 namespace {
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+
+class Block {
+ public:
+  ~Block() { std::free(data_); }
+
+  void* at_least(std::size_t bytes) {
+    if (bytes > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+      if (!data_) throw std::bad_alloc();
+      capacity_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t capacity_ = 0;
 };
 
-void* aligned_block(std::size_t bytes) {
-  void* block = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-  if (!block) throw std::bad_alloc();
-  return block;
-}
 }  // namespace
 
-Buffer::Buffer(std::size_t bytes) : data_(aligned_block(bytes)) {}
-Buffer::~Buffer() { std::free(data_); }
-
 void* thread_scratch(std::size_t bytes) {
-  thread_local std::unique_ptr<void, Free> block;
-  thread_local std::size_t capacity = 0;
-  if (bytes > capacity) {
-    block.reset();
-    capacity = 0;
-    block.reset(aligned_block(bytes));
-    capacity = bytes;
-  }
-  return block.get();
+  thread_local Block block;
+  return block.at_least(bytes);
+}
+
+void* call_scratch(std::size_t bytes) {
+  thread_local Block block;
+  return block.at_least(bytes);
 }
 
 }  // namespace cpu

@@ -1,5 +1,4 @@
-// Working memory of one thread: kept between calls, so that only the first call pays its page faults. Valid until the same thread
-// asks again.
+// Working memory that is kept between calls, so that only the first one pays its page faults.
 #pragma once
 
 #include <cstddef>
@@ -7,25 +6,17 @@
 
 namespace deconv {
 namespace cpu {
-void* thread_scratch(std::size_t bytes);  // 64-byte aligned; throws std::bad_alloc
 
-// Memory of one call, shared by its threads.
-class Buffer {
- public:
-  explicit Buffer(std::size_t bytes);
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void* data() const { return data_; }
-
- private:
-  void* data_;
-};
+// Both are 64-byte aligned, throw std::bad_alloc and stay valid until the same thread asks again: `thread_scratch` for one task,
+// `call_scratch` for what the threads of a call share.
+void* thread_scratch(std::size_t bytes);
+void* call_scratch(std::size_t bytes);
 
 // Hands out consecutive 64-byte aligned pieces of a block; with a null block it only counts.
 class Carver {
  public:
   explicit Carver(void* block) : block_(static_cast<char*>(block)) {}
+
   template <class T>
   T* take(int64_t count) {
     char* piece = block_ + used_;
@@ -38,5 +29,6 @@ class Carver {
   char* block_;
   std::size_t used_ = 0;
 };
+
 }  // namespace cpu
 }  // namespace deconv

@@ -44,7 +44,7 @@ struct WeightGemm {
 
   // A thread's working set in its L2 cache: sums, packed x, patches of dy.
   static constexpr int64_t kSums = (256 << 10) / sizeof(T), kPatches = (128 << 10) / sizeof(T);
-  static constexpr int64_t kBlockPixels = 256;  // summed before the next look at the sums; 128 and 512 are slower
+  static constexpr int64_t kBlockPixels = 256;  // packed at a time
   static constexpr int64_t kTasks = 16;         // enough to balance a few threads; pixels are split where the weight has fewer parts
 
   const Params& params;
@@ -97,7 +97,7 @@ struct WeightGemm {
   }
 
   void choose_lines() {
-    line_parts = (p.w.in + kBlockPixels - 1) / kBlockPixels;
+    line_parts = (p.w.in + kPartialSum - 1) / kPartialSum;
     line = (p.w.in + line_parts - 1) / line_parts;
     lines = min_of(max_of<int64_t>(1, kBlockPixels / line), p.batch * p.h.in);
     while (true) {
@@ -151,6 +151,12 @@ struct WeightGemm {
     return part;
   }
 
+  // Where (co, kh, kw) stands among the rows of `count` co: neighbours are what lies close together in a patch.
+  bool outputs_inner() const { return params.y.stride[1] == 1; }
+  int64_t row_of(const Part& part, int64_t count, int64_t co, int64_t kh, int64_t kw) const {
+    return outputs_inner() ? (kh * part.kernel_w + kw) * count + co : (co * part.kernel_h + kh) * part.kernel_w + kw;
+  }
+
   // Lines of one image within a block: they share a patch.
   struct Strip {
     int64_t n, ih, lines;
@@ -178,9 +184,8 @@ struct WeightGemm {
     };
     carve(thread_scratch(carve(nullptr)));
     if (!sums) sums = own_sums;
-    const bool outputs_inner = params.y.stride[1] == 1;
-    const int64_t element = outputs_inner ? patch_outputs : 1;  // distance of neighbours in a patch
-    const int64_t patch = outputs_inner ? 1 : patch_elements();  // distance of co
+    const int64_t element = outputs_inner() ? patch_outputs : 1;  // distance of neighbours in a patch
+    const int64_t patch = outputs_inner() ? 1 : patch_elements();  // distance of co
 
     for (int64_t block = begin; block < end; ++block) {
       const int64_t iw = block % line_parts * line, length = min_of(segment_pixels, p.w.in - iw);
@@ -199,22 +204,23 @@ struct WeightGemm {
         const int64_t count = min_of(patch_outputs, part.outputs - o), rows = count * part.kernel_h * part.kernel_w;
         for (int64_t s = 0; s < strip_count; ++s)
           pack_patch(part, strips[s], o, count, iw, element, patch, patches + s * patch_h.extent * patch_w.extent * element);
-        int64_t row = 0;
+        for (int64_t row = 0; row < patch_rows; ++row) row_offsets[row] = 0;  // padding: any valid address
         for (int64_t co = 0; co < count; ++co)
           for (int64_t kh = 0; kh < part.kernel_h; ++kh)
             for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              row_offsets[row++] = co * patch + (kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step) * element;
-        for (; row < patch_rows; ++row) row_offsets[row] = 0;  // padding: any valid address
+              row_offsets[row_of(part, count, co, kh, kw)] = co * patch + (kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step) * element;
         T* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
         for (int64_t t = 0; t * width < part.lanes; ++t) {
           const T* x = packed_x + t * pixels * width;
-          int64_t segment = 0;
+          int64_t count_lines = 0;
           for (int64_t s = 0; s < strip_count; ++s)
             for (int64_t l = 0; l < strips[s].lines; ++l, x += length * width)
-              segments[segment++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent * element, x, length};
+              segments[count_lines++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent * element, x, length};
+          const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);
           for (int64_t r = 0; r < rows; r += tile.rows)
-            tile.multiply(segments, segment, row_offsets + r, patch_w.pixel_step * element, block_sums + r * lane_tiles * width + t * width,
-                          lane_tiles * width, block > begin);
+            for (int64_t l = 0; l < count_lines; l += at_once)
+              tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r, patch_w.pixel_step * element,
+                            block_sums + r * lane_tiles * width + t * width, lane_tiles * width, block > begin || l > 0);
         }
       }
     }
@@ -244,13 +250,16 @@ struct WeightGemm {
     for (int64_t eh = 0; eh < patch_h.extent; ++eh) {
       const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
       const bool inside = oh >= 0 && oh < p.h.out;
-      if (element > 1) {
+      if (outputs_inner()) {
         for (int64_t ew = 0; ew < patch_w.extent; ++ew) {
           const int64_t ow = patch_w.output(p.w, iw, part.kw, line, ew);
-          T* cell = to + (eh * patch_w.extent + ew) * element;
-          const bool exists = inside && ow >= 0 && ow < p.w.out;
-          const S* dy = exists ? from + params.y.at(strip.n, first, oh, ow) : nullptr;
-          for (int64_t co = 0; co < count; ++co) cell[co] = exists ? convert<T>(dy[co]) : T(0);
+          T* __restrict cell = to + (eh * patch_w.extent + ew) * element;
+          if (inside && ow >= 0 && ow < p.w.out) {
+            const S* dy = from + params.y.at(strip.n, first, oh, ow);
+            for (int64_t co = 0; co < count; ++co) cell[co] = convert<T>(dy[co]);
+          } else {
+            for (int64_t co = 0; co < count; ++co) cell[co] = 0;
+          }
         }
         continue;
       }
@@ -286,7 +295,8 @@ struct WeightGemm {
       for (int64_t co = 0; co < part.outputs; ++co)
         for (int64_t kh = 0; kh < part.kernel_h; ++kh)
           for (int64_t kw = 0; kw < part.kernel_w; ++kw) {
-            const int64_t row = co / patch_outputs * patch_rows + (co % patch_outputs * part.kernel_h + kh) * part.kernel_w + kw;
+            const int64_t first = co / patch_outputs * patch_outputs, count = min_of(patch_outputs, part.outputs - first);
+            const int64_t row = co / patch_outputs * patch_rows + row_of(part, count, co - first, kh, kw);
             const T sum = sums[row * lane_tiles * width + lane];
             dw[params.w.at(ci, part.co + co, part.kh + kh, part.kw + kw)] =
                 sum == sum ? convert<S>(sum)
@@ -308,8 +318,7 @@ void weight_gemm(const Params& params, int threads) {
     });
     return;
   }
-  const Buffer memory(parts * splits * elements * sizeof(T));
-  T* sums = static_cast<T*>(memory.data());  // [part][split][rows][lanes]
+  T* sums = static_cast<T*>(call_scratch(parts * splits * elements * sizeof(T)));  // [part][split][rows][lanes]
   parallel_for(parts * splits, threads, [&](int64_t task) {
     const int64_t split = task % splits;
     gemm.accumulate(gemm.part_of(task / splits), gemm.blocks * split / splits, gemm.blocks * (split + 1) / splits, sums + task * elements);
