@@ -12,6 +12,8 @@ module takes it: pairs (h, w), but padding (top, bottom, left, right).
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +48,7 @@ class Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (dy,), (x, w), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        (dy,), (x, w), needs = grads, ctx.saved_tensors, _wanted(ctx)
         if dy is None:
             return None, None, None, None
         return (
@@ -58,11 +60,11 @@ class Forward(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (x, w), (tx, tw, tb, _) = ctx.saved_tensors, tangents
-        return _sum(
-            None if tx is None else forward(tx, w, None, ctx.geometry),
-            None if tw is None else forward(x, tw, None, ctx.geometry),
-            None if tb is None else tb[:, None, None].expand(ctx.shape),
+        return _product_rule(
+            ctx,
+            tangents,
+            lambda x, w: forward(x, w, None, ctx.geometry),
+            lambda tb: tb[:, None, None].expand(ctx.shape),
         )
 
     @staticmethod
@@ -95,7 +97,7 @@ class GradInput(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (g,), (dy, w), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        (g,), (dy, w), needs = grads, ctx.saved_tensors, _wanted(ctx)
         if g is None:
             return None, None, None, None
         return (
@@ -107,10 +109,8 @@ class GradInput(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (dy, w), (ty, tw, _, _) = ctx.saved_tensors, tangents
-        return _sum(
-            None if ty is None else grad_input(ty, w, ctx.input_size, ctx.geometry),
-            None if tw is None else grad_input(dy, tw, ctx.input_size, ctx.geometry),
+        return _product_rule(
+            ctx, tangents, lambda dy, w: grad_input(dy, w, ctx.input_size, ctx.geometry)
         )
 
     @staticmethod
@@ -137,7 +137,7 @@ class GradWeight(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (g,), (x, dy), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        (g,), (x, dy), needs = grads, ctx.saved_tensors, _wanted(ctx)
         if g is None:
             return None, None, None, None
         return (
@@ -149,10 +149,8 @@ class GradWeight(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (x, dy), (tx, ty, _, _) = ctx.saved_tensors, tangents
-        return _sum(
-            None if tx is None else grad_weight(tx, dy, ctx.kernel_size, ctx.geometry),
-            None if ty is None else grad_weight(x, ty, ctx.kernel_size, ctx.geometry),
+        return _product_rule(
+            ctx, tangents, lambda x, dy: grad_weight(x, dy, ctx.kernel_size, ctx.geometry)
         )
 
     @staticmethod
@@ -230,13 +228,41 @@ def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
     ctx.save_for_forward(a, b)
 
 
-def _sum(*terms: Tensor | None) -> Any:
-    """The sum of those that are there; None where there is none."""
-    total = None
-    for term in terms:
-        if term is not None:
-            total = term if total is None else total + term
-    return total
+def _wanted(ctx: Any) -> list[bool]:
+    """Which operands' derivatives this backward pass will use.
+
+    `needs_input_grad` is decided when the graph is built: it says yes to the weight even in
+    `torch.autograd.grad(y, x)`. The engine knows better, but refuses to answer (RuntimeError) for
+    a leaf whose gradient is the result, or where it is not running as usual.
+    """
+    wanted = list(ctx.needs_input_grad)
+    for i, (node, _) in enumerate(ctx.next_functions):
+        try:
+            wanted[i] = node is not None and torch._C._will_engine_execute_node(node)
+        except RuntimeError:
+            pass
+    return wanted
+
+
+def _product_rule(
+    ctx: Any,
+    tangents: tuple[Any, ...],
+    product: Callable[[Tensor, Tensor], Tensor],
+    bias_term: Callable[[Tensor], Tensor] | None = None,
+) -> Any:
+    """The tangent of product(a, b), to which a bias may have been added.
+
+    torch turns forward mode off around a Function's jvp. That would lose the tangents of an outer
+    torch.func.jvp, so it is on here, and the operands are stripped of this level's tangents.
+    """
+    a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+    with forward_ad._set_fwd_grad_enabled(True):
+        terms = [
+            None if tangents[0] is None else product(tangents[0], b),
+            None if tangents[1] is None else product(a, tangents[1]),
+            bias_term(tangents[2]) if bias_term and tangents[2] is not None else None,
+        ]
+        return functools.reduce(operator.add, [term for term in terms if term is not None])
 
 
 def _under_legacy_vmap(operation: type[Function], args: tuple[Any, ...]) -> Tensor:

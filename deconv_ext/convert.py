@@ -223,12 +223,17 @@ def _set_bottom(module: nn.Module, bottom: type[nn.Module]) -> None:
     if not _has_parametrized_class(module):
         module.__class__ = bottom
         return
-    body = {k: v for k, v in top.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    before = _copied_from.get(top)
-    if before is None or before.__bases__ != (bottom,) or before.__dict__.keys() != body.keys():
-        before = type(top.__name__, (bottom,), body)
-        _copied_from[before] = top
-    module.__class__ = before
+    other = _copied_from.get(top)
+    if other is None or other.__bases__ != (bottom,) or _tensors(other) != _tensors(top):
+        body = {k: v for k, v in vars(top).items() if k not in ("__dict__", "__weakref__")}
+        other = type(top.__name__, (bottom,), body)
+        _copied_from[other] = top
+    module.__class__ = other
+
+
+def _tensors(cls: type) -> list[str]:
+    """The names of the parametrized tensors, which are properties of parametrize's class."""
+    return sorted(name for name, value in vars(cls).items() if isinstance(value, property))
 
 
 # --- differences ---------------------------------------------------------------------------------
