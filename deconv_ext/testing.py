@@ -137,17 +137,15 @@ class Case:
         return elements * dtype.itemsize
 
     def reduced(self, macs: int) -> Case:
-        """The same layer with batch, then image, halved until it costs at most `macs`; channels stay."""
+        """The same layer, batch and image halved until it costs at most `macs`; channels stay."""
         case = self
-        while case.macs > macs:
-            batch, h, w = case.batch, case.h, case.w
-            if batch > 2:
-                batch //= 2
-            elif max(h, w) > 4:
-                h, w = (h + 1) // 2, (w + 1) // 2
+        while case.macs > macs and (case.batch, case.h, case.w) != (1, 1, 1):
+            if case.batch > 2 or max(case.input_size) <= 3:
+                case = dataclasses.replace(case, batch=(case.batch + 1) // 2)
             else:
+                case = dataclasses.replace(case, h=(case.h + 1) // 2, w=(case.w + 1) // 2)
+            if case.batch == 1 and max(case.input_size) <= 3:
                 break
-            case = dataclasses.replace(case, batch=batch, h=h, w=w)
         return case
 
     def operands(

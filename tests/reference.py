@@ -1,18 +1,19 @@
-"""The definition of transposed convolution, for comparison: plain torch, nothing of the extension.
+"""The definition of transposed convolution, for comparison: NumPy, nothing of the extension.
 
     y[n, co, i*stride + k*dilation - pad] += x[n, ci, i] * w[ci, co, k]        (on both axes)
 
-Sums are taken in the dtype of the operands: give float64, complex128 or int64 for a reference.
+Sums are taken in the dtype of the operands: give longdouble, complex128 or int64 for a reference.
 Pairs (i, k) whose output does not exist contribute nothing, not even NaN to a zero.
 """
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from deconv_ext.testing import Case
 
+Array = NDArray[np.generic]
 Slices = tuple[slice, slice]
 
 
@@ -27,55 +28,55 @@ def _axis(size: int, out: int, tap: int, stride: int, dilation: int, pad: int) -
 
 def _taps(case: Case) -> Iterator[tuple[Slices, Slices, Slices]]:
     """For each tap of the kernel: the tap, the inputs it reads and the outputs it adds to."""
-    for kh in range(case.kernel[0]):
-        for kw in range(case.kernel[1]):
-            (rows, out_rows), (columns, out_columns) = (
-                _axis(*sizes)
-                for sizes in zip(
-                    case.input_size,
-                    case.output_size,
-                    (kh, kw),
-                    case.stride,
-                    case.dilation,
-                    case.padding[::2],
-                )
-            )
-            yield (slice(kh, kh + 1), slice(kw, kw + 1)), (rows, columns), (out_rows, out_columns)
+    rows, columns = (
+        [_axis(size, out, tap, stride, dilation, pad) for tap in range(kernel)]
+        for size, out, kernel, stride, dilation, pad in zip(
+            case.input_size,
+            case.output_size,
+            case.kernel,
+            case.stride,
+            case.dilation,
+            case.padding[::2],
+        )
+    )
+    for kh, (row, out_row) in enumerate(rows):
+        for kw, (column, out_column) in enumerate(columns):
+            yield (slice(kh, kh + 1), slice(kw, kw + 1)), (row, column), (out_row, out_column)
 
 
-def _grouped(case: Case, x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped(case: Case, x: Array, w: Array, y: Array) -> tuple[Array, Array, Array]:
     """Views with an axis for the groups: x [N, G, C, H, W], w [G, C, D, kH, kW], y [N, G, D, OH, OW]."""
     channels = case.c_in // case.groups, case.c_out // case.groups
     return (
-        x.view(case.batch, case.groups, channels[0], *case.input_size),
-        w.view(case.groups, *channels, *case.kernel),
-        y.view(case.batch, case.groups, channels[1], *case.output_size),
+        x.reshape(case.batch, case.groups, channels[0], *case.input_size),
+        w.reshape(case.groups, *channels, *case.kernel),
+        y.reshape(case.batch, case.groups, channels[1], *case.output_size),
     )
 
 
-def forward(case: Case, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def forward(case: Case, x: Array, w: Array, bias: Array | None) -> Array:
     """y [N, C_out, OH, OW]."""
-    y = x.new_zeros(case.y_shape)
+    y = np.zeros(case.y_shape, x.dtype)
     xg, wg, yg = _grouped(case, x, w, y)
     for tap, pixels, outputs in _taps(case):
-        yg[(..., *outputs)] += torch.einsum("ngchw,gcdkl->ngdhw", xg[(..., *pixels)], wg[(..., *tap)])
-    return y if bias is None else y + bias.view(-1, 1, 1)
+        yg[(..., *outputs)] += np.einsum("ngchw,gcdkl->ngdhw", xg[(..., *pixels)], wg[(..., *tap)])
+    return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
-def grad_input(case: Case, dy: Tensor, w: Tensor) -> Tensor:
+def grad_input(case: Case, dy: Array, w: Array) -> Array:
     """dx [N, C_in, H, W]: the sum of dy * w over the outputs that each x takes part in."""
-    dx = dy.new_zeros(case.x_shape)
+    dx = np.zeros(case.x_shape, dy.dtype)
     xg, wg, yg = _grouped(case, dx, w, dy)
     for tap, pixels, outputs in _taps(case):
-        xg[(..., *pixels)] += torch.einsum("ngdhw,gcdkl->ngchw", yg[(..., *outputs)], wg[(..., *tap)])
+        xg[(..., *pixels)] += np.einsum("ngdhw,gcdkl->ngchw", yg[(..., *outputs)], wg[(..., *tap)])
     return dx
 
 
-def grad_weight(case: Case, x: Tensor, dy: Tensor) -> Tensor:
+def grad_weight(case: Case, x: Array, dy: Array) -> Array:
     """dw [C_in, C_out/groups, kH, kW]: the sum of x * dy over the pixels that each tap connects."""
-    dw = x.new_zeros(case.w_shape)
+    dw = np.zeros(case.w_shape, x.dtype)
     xg, wg, yg = _grouped(case, x, dw, dy)
     for tap, pixels, outputs in _taps(case):
-        product = torch.einsum("ngchw,ngdhw->gcd", xg[(..., *pixels)], yg[(..., *outputs)])
+        product = np.einsum("ngchw,ngdhw->gcd", xg[(..., *pixels)], yg[(..., *outputs)])
         wg[(..., *tap)] = product[..., None, None]
     return dw

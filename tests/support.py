@@ -3,10 +3,13 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from deconv_ext.build import extension
@@ -46,16 +49,24 @@ def must_accept(algo: str, dtype: torch.dtype) -> bool:
     return algo == "reference" or dtype != torch.int64
 
 
+def define_wide(op: str, case: Case, t: Operands, wide: DTypeLike) -> NDArray[Any]:
+    """The operation by its definition, in a dtype of NumPy; linear, nothing is conjugated."""
+    plain = [tensor.detach().resolve_conj().resolve_neg() for tensor in t]
+    if t.w.dtype in (torch.float16, torch.bfloat16):
+        plain = [tensor.float() for tensor in plain]
+    x, w, bias, dy = (np.ascontiguousarray(tensor.numpy(), wide) for tensor in plain)
+    with np.errstate(invalid="ignore"):
+        if op == "forward":
+            return reference.forward(case, x, w, bias)
+        if op == "grad_input":
+            return reference.grad_input(case, dy, w)
+        return reference.grad_weight(case, x, dy)
+
+
 def define(op: str, case: Case, t: Operands) -> Tensor:
-    """The operation by its definition, in float64, complex128 or int64; linear, nothing conjugated."""
-    wide = torch.complex128 if t.w.is_complex() else torch.float64
-    wide = torch.int64 if t.w.dtype == torch.int64 else wide
-    x, w, bias, dy = (tensor.to(wide).contiguous() for tensor in t)
-    if op == "forward":
-        return reference.forward(case, x, w, bias)
-    if op == "grad_input":
-        return reference.grad_input(case, dy, w)
-    return reference.grad_weight(case, x, dy)
+    """The operation by its definition, in float64, complex128 or int64."""
+    wide = np.complex128 if t.w.is_complex() else np.float64
+    return torch.from_numpy(define_wide(op, case, t, np.int64 if t.w.dtype == torch.int64 else wide))
 
 
 def run_torch(op: str, case: Case, t: Operands) -> Tensor:
