@@ -282,8 +282,9 @@ def _under_legacy_vmap(operation: type[Function], args: tuple[Any, ...]) -> Tens
         batch_size, level = max(sizes), level - 1
     tensors = [new if size else old for old, new, size in zip(args, peeled, sizes, strict=True)]
     in_dims = tuple(0 if size else None for size in sizes)
-    result, dim = operation.vmap(SimpleNamespace(batch_size=batch_size), in_dims, *tensors)
-    return torch._add_batch_dim(result, dim, level + 1)
+    result, _ = operation.vmap(SimpleNamespace(batch_size=batch_size), in_dims, *tensors)
+    # Forward mode calls as_strided on it, which wants the batch first in memory too.
+    return torch._add_batch_dim(result.contiguous(), 0, level + 1)
 
 
 def _recorded(operation: type[Function]) -> Callable[..., Tensor]:

@@ -100,13 +100,13 @@ def pair(name: str, value: Any) -> Pair:
         if type(h) is int and type(w) is int and -_INT64 <= h < _INT64 and -_INT64 <= w < _INT64:
             return value
     if isinstance(value, (tuple, list)):
-        if len(value) not in (1, 2):
+        values = [_integer(name, "tuple of ints", v) for v in value]
+        if len(values) not in (1, 2):
             raise RuntimeError(
                 f"expected {name} to be a single integer value or a list of 2 values to match "
-                f"the convolution dimensions, but got {name}={list(value)}"
+                f"the convolution dimensions, but got {name}={values}"
             )
-        h, w = (_integer(name, "tuple of ints", v) for v in (value[0], value[-1]))
-        return h, w
+        return values[0], values[-1]
     value = _integer(name, "tuple of ints", value)
     return value, value
 
