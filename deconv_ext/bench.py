@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from . import __version__, bench_table, functional
 from .bench_table import Row
@@ -194,6 +193,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     """Measure what the options ask for, printing the rows as they come."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        sys.exit("the benchmark shows its progress with tqdm: pip install tqdm")
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)

@@ -14,12 +14,12 @@ import importlib.util
 import statistics
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx2torch
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
@@ -44,6 +44,23 @@ def photographs() -> dict[str, np.ndarray]:
     }
 
 
+def to_torch(model: onnx.ModelProto) -> torch.nn.Module:
+    """onnx2torch.convert, also where torchvision does not load.
+
+    onnx2torch imports torchvision for two operators that the detector does not have, but the
+    usual build of torchvision fails beside a CPU-only torch.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        sys.modules["torchvision"] = types.ModuleType("torchvision")
+        sys.modules["torchvision.ops"] = ops = types.ModuleType("torchvision.ops")
+        ops.roi_align = None  # type: ignore[attr-defined]
+    import onnx2torch
+
+    return onnx2torch.convert(model)
+
+
 def load_detector() -> torch.nn.Module:
     """The detector as a torch.nn.Module: [N, 3, H, W] to text probability [N, 1, H, W]."""
     package = importlib.util.find_spec("rapidocr_onnxruntime")
@@ -54,11 +71,11 @@ def load_detector() -> torch.nn.Module:
     model = onnx.load(Path(package.submodule_search_locations[0]) / DETECTOR)
     graph = model.graph
     for node in [node for node in graph.node if node.op_type == "Constant"]:
-        tensor = node.attribute[0].t  # onnx2torch looks for weights among the initializers only
+        tensor = node.attribute[0].t  # onnx2torch wants weights to be initializers
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
         graph.node.remove(node)
-    return onnx2torch.convert(model).eval()
+    return to_torch(model).eval()
 
 
 def to_input(image: np.ndarray) -> torch.Tensor:
