@@ -26,9 +26,7 @@ from torch.autograd import Function, forward_ad
 
 from .build import extension
 
-Geometry = tuple[
-    tuple[int, int], tuple[int, int, int, int], tuple[int, int], tuple[int, int], int
-]
+Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], tuple[int, int], int]
 
 
 class Forward(Function):
@@ -309,7 +307,7 @@ def _recorded(operation: type[Function]) -> Callable[..., Tensor]:
         "forward": staticmethod(forward),
         "setup_context": staticmethod(Function.setup_context),
     }
-    twin = type(f"ConvTranspose2d{operation.__name__}", (operation,), body)
+    twin: Any = type(f"ConvTranspose2d{operation.__name__}", (operation,), body)
 
     def call(*args: Any) -> Tensor:
         if _are_functorch_transforms_active():

@@ -41,7 +41,7 @@ class LayerReport:
 
 @dataclasses.dataclass
 class ConversionReport:
-    """What `convert` did: a row for each layer and, with a sample, the differences of the results."""
+    """What `convert` did: a row for each layer and, given a sample, how far the results differ."""
 
     layers: list[LayerReport]
     max_abs: float | None = None  # of the model's outputs before and after
@@ -181,7 +181,7 @@ def _converted(origin: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _mixed(origin: type[nn.Module]) -> type[nn.Module]:
+def _mixed(origin: Any) -> type[nn.Module]:
     """A subclass of the original class in which our forward comes before torch's."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -195,13 +195,13 @@ def _mixed(origin: type[nn.Module]) -> type[nn.Module]:
     return type(origin.__name__, (origin, ConvTranspose2d), body)
 
 
-def _new_mixed(origin: type[nn.Module]) -> nn.Module:
+def _new_mixed(origin: Any) -> nn.Module:
     mixed = _mixed(origin)
     return mixed.__new__(mixed)
 
 
 def _has_parametrized_class(module: nn.Module) -> bool:
-    """Whether the class is the one that parametrize makes, for the module alone, on top of its own."""
+    """Whether the class is one that parametrize made, for this module alone, on top of its own."""
     cls = type(module)
     return cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}" and bool(
         parametrize.is_parametrized(module)
@@ -262,8 +262,9 @@ def _comparison(layer: LayerReport) -> Callable[..., None]:
 
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         want = nn.ConvTranspose2d.forward(module, *args, **kwargs)
-        found = _difference([output], [want])
-        layer.max_abs, layer.max_rel = map(max, zip(found, (layer.max_abs or 0, layer.max_rel or 0)))
+        largest, relative = _difference([output], [want])
+        layer.max_abs = max(largest, layer.max_abs or 0)
+        layer.max_rel = max(relative, layer.max_rel or 0)
 
     return hook
 

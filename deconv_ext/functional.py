@@ -70,10 +70,8 @@ def conv_transpose2d(
         _check_tensor("bias", 3, bias)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     output_padding = pair("output_padding", output_padding)
-    sides, output_padding = resolve_padding(
-        padding, weight.shape, stride, output_padding, dilation
-    )
-    if type(groups) is not int:
+    sides, output_padding = resolve_padding(padding, weight.shape, stride, output_padding, dilation)
+    if type(groups) is not int or not -_INT64 <= groups < _INT64:
         groups = _integer("groups", "int", groups)
     geometry = (stride, sides, output_padding, dilation, groups)
 
@@ -113,7 +111,9 @@ def pair(name: str, value: Any) -> Pair:
 
 def is_two_sided(padding: Any) -> bool:
     """Whether the padding is written ((top, bottom), (left, right))."""
-    return isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding)
+    if not isinstance(padding, (tuple, list)) or not padding:
+        return False
+    return all(isinstance(side, (tuple, list)) for side in padding)
 
 
 def resolve_padding(
@@ -124,7 +124,7 @@ def resolve_padding(
         kernel_size = (*weight_shape, 1, 1, 1, 1)[2:4]  # of other dimensions it is refused later
         return _named_padding(padding, kernel_size, stride, output_padding, dilation)
     if is_two_sided(padding):
-        if len(padding) != 2 or any(not isinstance(p, (tuple, list)) or len(p) != 2 for p in padding):
+        if [len(side) for side in padding] != [2, 2]:
             raise RuntimeError(
                 f"expected padding to be an int, (h, w) or ((top, bottom), (left, right)), "
                 f"but got padding={padding}"
@@ -198,7 +198,7 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-# --- what has no kernels here ----------------------------------------------------------------------
+# --- what has no kernels here --------------------------------------------------------------------
 
 
 def _ours(*tensors: Tensor | None) -> bool:

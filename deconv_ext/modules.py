@@ -59,7 +59,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             self.padding = padding
         self._resolve(self.output_padding)  # a mistake is better met here than at the first call
         if ours and not isinstance(padding, str):
-            self.padding = tuple(map(tuple, padding))
+            two_sided: Any = tuple(tuple(side) for side in padding)
+            self.padding = two_sided
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of [N, C_in, H, W] or [C_in, H, W].

@@ -130,9 +130,7 @@ def test_numerical_derivatives(dtype, kwargs):
 
     args = tuple(operands(dtype, requires_grad=True))
     checks = {"fast_mode": True, "check_batched_grad": True}
-    gradcheck(
-        function, args, check_forward_ad=True, check_batched_forward_grad=True, **checks
-    )
+    gradcheck(function, args, check_forward_ad=True, check_batched_forward_grad=True, **checks)
     gradgradcheck(function, args, check_fwd_over_rev=True, check_rev_over_rev=True, **checks)
 
 
@@ -187,9 +185,7 @@ def test_saved_tensor_hooks():
     with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
         y = ours(*args)
     assert packed == [tuple(args[0].shape), tuple(args[1].shape)]
-    assert_close(
-        torch.autograd.grad(y.sum(), args), torch.autograd.grad(theirs(*args).sum(), args)
-    )
+    assert_close(torch.autograd.grad(y.sum(), args), torch.autograd.grad(theirs(*args).sum(), args))
 
 
 def test_batched_backward_and_vectorized_jacobian():
@@ -221,9 +217,7 @@ def test_dual_tensors(asked):
             forward_ad.make_dual(t, torch.randn_like(t)) if name in asked else t
             for name, t in zip("xwb", operands(), strict=True)
         ]
-        assert_close(
-            forward_ad.unpack_dual(ours(*duals)), forward_ad.unpack_dual(theirs(*duals))
-        )
+        assert_close(forward_ad.unpack_dual(ours(*duals)), forward_ad.unpack_dual(theirs(*duals)))
 
 
 def test_forward_over_reverse():
@@ -264,9 +258,10 @@ def test_func_second_order(outer, inner):
 def test_func_third_order():
     x, w, b = (t[:1] for t in operands())
     x, w, b = x[:, :1], w[:, :1], b[:1]
-    both = [functools.partial(f, stride=2, dilation=2) for f in (
-        conv_transpose2d, torch.nn.functional.conv_transpose2d
-    )]
+    both = [
+        functools.partial(f, stride=2, dilation=2)
+        for f in (conv_transpose2d, torch.nn.functional.conv_transpose2d)
+    ]
     got, want = (jacfwd(hessian(functools.partial(energy, f), 1), 0)(x, w, b) for f in both)
     assert_close(got, want)
 

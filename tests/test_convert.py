@@ -89,9 +89,7 @@ def test_our_kernels_compute(monkeypatch):
     convert(model)
     calls = []
     extension = deconv_ext.autograd.extension
-    monkeypatch.setattr(
-        deconv_ext.autograd, "extension", lambda: calls.append(1) or extension()
-    )
+    monkeypatch.setattr(deconv_ext.autograd, "extension", lambda: calls.append(1) or extension())
     with torch.no_grad():
         model(torch.randn(2, 4, 5, 6))
     assert len(calls) == 7  # six layers, one of them called twice

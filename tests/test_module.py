@@ -223,7 +223,7 @@ def test_asymmetric_padding_crops_the_sides_it_names():
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
 def test_named_padding_is_tensorflows(kernel, stride, dilation):
-    """"same" gives size * stride, having cropped the smaller half first; "valid" crops nothing."""
+    """Same: size * stride, the smaller half of the excess cropped first; valid: nothing cropped."""
     extent = dilation * (kernel - 1) + 1
     x, w, b = torch.randn(2, 3, 4, 5), torch.randn(3, 2, kernel, kernel), torch.randn(2)
     full = nn.functional.conv_transpose2d(x, w, None, stride, dilation=dilation)
@@ -250,7 +250,7 @@ def test_named_padding_is_tensorflows(kernel, stride, dilation):
         ({"dilation": None}, TypeError, "dilation.*NoneType"),
         ({"stride": (1, 2, 3)}, RuntimeError, r"stride.*list of 2 values.*\[1, 2, 3\]"),
         ({"padding": "full"}, ValueError, "'same' or 'valid'.*'full'"),
-        ({"padding": ((1, 2), 3)}, RuntimeError, r"\(top, bottom\), \(left, right\)"),
+        ({"padding": ((1, 2), (3,))}, RuntimeError, r"\(top, bottom\), \(left, right\)"),
         ({"padding": "same", "stride": 2, "output_padding": 1}, ValueError, "output_padding"),
         ({"groups": 3}, ValueError, "divisible by groups"),
         ({"groups": 0}, ValueError, "positive"),

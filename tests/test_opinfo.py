@@ -60,9 +60,7 @@ def test_gradients(dtype):
         dy = torch.randn_like(y)
         got = torch.autograd.grad(y, differentiable(args), dy)
         wide_args = list(map(wide, args))
-        want = torch.autograd.grad(
-            OP.op(*wide_args, **kwargs), differentiable(wide_args), wide(dy)
-        )
+        want = torch.autograd.grad(OP.op(*wide_args, **kwargs), differentiable(wide_args), wide(dy))
         for a, b in zip(got, want, strict=True):
             assert_close(a, b.to(dtype), msg=lambda text, kwargs=kwargs: f"{kwargs}: {text}")
 
