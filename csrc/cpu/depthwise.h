@@ -30,48 +30,64 @@ struct Depthwise {
           weights[(kh * p.w.kernel + kw) * p.c_in + c] = convert<T>(static_cast<const S*>(params.w.data)[params.w.at(c, 0, kh, kw)]);
   }
 
-  // sum over the listed taps of weight * source, for `count` <= kVectors * kN channels from c on
+  // A tap along one axis: element offsets of what it reads.
   struct Term {
-    const S* source;
-    const T* weight;
+    int64_t source, weight;
   };
-  static void sum_terms(const Term* terms, int64_t count, int64_t c, int64_t channels, const T* start, S* __restrict to) {
-    T sums[kVectors * kN];
-    if (channels == kVectors * kN) {
-      for (int i = 0; i < kVectors * kN; ++i) sums[i] = start[c + i];
-      for (int64_t t = 0; t < count; ++t)
-        for (int i = 0; i < kVectors * kN; ++i) sums[i] += terms[t].weight[c + i] * convert<T>(terms[t].source[c + i]);
-      for (int i = 0; i < kVectors * kN; ++i) to[c + i] = convert<S>(sums[i]);
-      return;
+  struct Terms {
+    const Term* list;
+    int64_t count;
+  };
+
+  // to[c + i] = start[c + i] + sum over both axes' terms of weight * source, i < Vectors * kN
+  template <int Vectors>
+  void sum_terms(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to) const {
+    Vector<T> sums[Vectors];
+    for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(start + c + v * kN);
+    for (int64_t i = 0; i < h.count; ++i)
+      for (int64_t j = 0; j < w.count; ++j) {
+        const S* x = source + h.list[i].source + w.list[j].source + c;
+        const T* weight = weights + h.list[i].weight + w.list[j].weight + c;
+        for (int v = 0; v < Vectors; ++v) sums[v] += load_vector(weight + v * kN) * load_as<T>(x + v * kN);
+      }
+    for (int v = 0; v < Vectors; ++v)
+      for (int i = 0; i < kN; ++i) to[c + v * kN + i] = convert<S>(sums[v][i]);
+  }
+
+  void sum_terms_of_one(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to) const {
+    T sum = start[c];
+    for (int64_t i = 0; i < h.count; ++i)
+      for (int64_t j = 0; j < w.count; ++j)
+        sum += weights[h.list[i].weight + w.list[j].weight + c] * convert<T>(source[h.list[i].source + w.list[j].source + c]);
+    to[c] = convert<S>(sum);
+  }
+
+  // The taps that reach index `at` of the target.
+  static Terms find_terms(bool forward, const Axis& axis, int64_t at, int64_t source_stride, int64_t weight_stride, Term* list) {
+    int64_t count = 0;
+    for (int64_t k = 0; k < axis.kernel; ++k) {
+      const int64_t i = forward ? input_index(axis, at, k) : output_index(axis, at, k);
+      if (i >= 0) list[count++] = {i * source_stride, k * weight_stride};
     }
-    for (int64_t i = 0; i < channels; ++i) {
-      T sum = start[c + i];
-      for (int64_t t = 0; t < count; ++t) sum += terms[t].weight[c + i] * convert<T>(terms[t].source[c + i]);
-      to[c + i] = convert<S>(sum);
-    }
+    return {list, count};
   }
 
   // One row of y or dx. `start` is what a sum begins with: the bias or zeros, [channels].
   void row(Op op, int64_t n, int64_t line, const T* start) const {
     const bool forward = op == Op::kForward;
     const TensorRef &source = forward ? params.x : params.y, &target = forward ? params.y : params.x;
-    const auto found = [&](const Axis& axis, int64_t at, int64_t k) { return forward ? input_index(axis, at, k) : output_index(axis, at, k); };
-    Term* terms = static_cast<Term*>(thread_scratch(p.h.kernel * p.w.kernel * sizeof(Term)));
+    Carver carver(thread_scratch((p.h.kernel + p.w.kernel) * sizeof(Term) + 64));
+    Term *list_h = carver.take<Term>(p.h.kernel), *list_w = carver.take<Term>(p.w.kernel);
+    const Terms h = find_terms(forward, p.h, line, source.stride[2], p.w.kernel * p.c_in, list_h);
+    const S* image = static_cast<const S*>(source.data) + source.at(n, 0, 0, 0);
     const int64_t width = forward ? p.w.out : p.w.in;
     for (int64_t column = 0; column < width; ++column) {
-      int64_t count = 0;
-      for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
-        const int64_t h = found(p.h, line, kh);
-        if (h < 0) continue;
-        for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-          const int64_t w = found(p.w, column, kw);
-          if (w < 0) continue;
-          terms[count++] = {static_cast<const S*>(source.data) + source.at(n, 0, h, w), weights + (kh * p.w.kernel + kw) * p.c_in};
-        }
-      }
+      const Terms w = find_terms(forward, p.w, column, source.stride[3], p.c_in, list_w);
       S* to = static_cast<S*>(target.data) + target.at(n, 0, line, column);
-      const int64_t block = kVectors * kN;
-      for (int64_t c = 0; c < p.c_in; c += block) sum_terms(terms, count, c, min_of(block, p.c_in - c), start, to);
+      int64_t c = 0;
+      for (; c + kVectors * kN <= p.c_in; c += kVectors * kN) sum_terms<kVectors>(h, w, image, c, start, to);
+      for (; c + kN <= p.c_in; c += kN) sum_terms<1>(h, w, image, c, start, to);
+      for (; c < p.c_in; ++c) sum_terms_of_one(h, w, image, c, start, to);
     }
   }
 
@@ -101,16 +117,14 @@ struct Depthwise {
   }
 
   static void add_lanes(T* sums, const S* x, int64_t x_step, const S* dy, int64_t dy_step, int64_t count, int64_t channels) {
-    T sum[kN];
-    for (int i = 0; i < kN; ++i) sum[i] = sums[i];
-    for (int64_t pixel = 0; pixel < count; ++pixel, x += x_step, dy += dy_step) {
-      if (channels == kN) {
-        for (int i = 0; i < kN; ++i) sum[i] += convert<T>(x[i]) * convert<T>(dy[i]);
-      } else {
-        for (int64_t i = 0; i < channels; ++i) sum[i] += convert<T>(x[i]) * convert<T>(dy[i]);
-      }
+    if (channels == kN) {
+      Vector<T> sum = load_vector(sums);
+      for (int64_t pixel = 0; pixel < count; ++pixel, x += x_step, dy += dy_step) sum += load_as<T>(x) * load_as<T>(dy);
+      store_vector(sums, sum);
+      return;
     }
-    for (int i = 0; i < kN; ++i) sums[i] = sum[i];
+    for (int64_t pixel = 0; pixel < count; ++pixel, x += x_step, dy += dy_step)
+      for (int64_t i = 0; i < channels; ++i) sums[i] += convert<T>(x[i]) * convert<T>(dy[i]);
   }
 };
 

@@ -81,9 +81,6 @@ struct PartialSums {
 };
 
 // Inputs i in [begin, end) that kernel element k carries to an output inside the axis.
-struct Range {
-  int64_t begin, end;
-};
 inline Range inputs_of(const Axis& axis, int64_t k) {
   const int64_t shift = k * axis.dilation - axis.pad;
   const int64_t begin = shift >= 0 ? 0 : (-shift + axis.stride - 1) / axis.stride;

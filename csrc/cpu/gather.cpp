@@ -60,6 +60,7 @@ GatherPlan make_gather(Op op, const Params& params, bool merged_h, bool merged_w
     plan.h = grad_input_taps(p.h);
     plan.w = grad_input_taps(p.w);
   }
+  if (plan.channels * plan.groups == 1) plan.source.stride[1] = 1;  // never used; says that channels are contiguous
   plan.offsets_h = union_of_offsets(plan.h);
   plan.offsets_w = union_of_offsets(plan.w);
   return plan;
@@ -104,8 +105,10 @@ struct Layout {
   double cycles;  // for one image and group
 };
 
-// A model of one thread's cycles. Multiply-adds issue two a cycle and loads two a cycle; a copied vector costs about two cycles in packing and three
-// in the store, a lone element one and two. `images` = 0 leaves out what a partly filled tile of pixels wastes.
+// A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous piece; far elements lie in lines of their own.
+constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4;
+
+// `images` = 0 leaves out what a partly filled tile of pixels wastes.
 Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes, int64_t images) {
   const double positions = static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
   const double channels = static_cast<double>(plan.channels), offsets = static_cast<double>(plan.offsets());
@@ -117,7 +120,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       const int64_t row_width = rows_across ? tiles[t].lanes : tiles[t].rows;
       const int64_t pixel_width = rows_across ? tiles[t].rows : tiles[t].lanes;
       const int vectors = tiles[t].lanes / lanes;
-      const double step = std::max(tiles[t].rows * vectors, tiles[t].rows + vectors) / 2.0;
+      const double step = cycles_per_step(tiles[t].rows, vectors);
       double multiply = 0, outputs = 0, contiguous = 1;
       for (const PhaseClass& h : plan.h.classes)
         for (const PhaseClass& w : plan.w.classes) {
@@ -133,11 +136,14 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       }
       double pack, store;
       if (rows_across) {
-        pack = offsets * (plan.source.stride[1] == 1 ? 6 + channels * 2 / lanes : channels);
-        store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1 ? 2 / contiguous + 3.0 / lanes : 2);
+        // Tiles within a row of the source need no packing.
+        const double crossing = plan.w.positions < pixel_width ? 1 : 1 - static_cast<double>(plan.w.positions / pixel_width * pixel_width) / plan.w.positions;
+        pack = offsets * (plan.source.stride[1] == 1 ? crossing * (kRun + channels * kVectorCopied / lanes) : channels * kFarElement);
+        store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1 ? kRun / contiguous + kVectorStored / lanes : kElement);
       } else {
-        pack = offsets * channels * (plan.source.stride[3] * plan.w.source_step == 1 ? 2.0 / lanes : 1);
-        store = outputs * (plan.target.stride[3] == 1 ? 3.0 / lanes : 2);
+        const int64_t step = plan.source.stride[3] * plan.w.source_step;
+        pack = offsets * channels * (step == 1 ? kVectorCopied / lanes : step == 2 ? 2 * kVectorCopied / lanes : step < 16 ? kElement : kFarElement);
+        store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
       }
       const double cycles = positions * (multiply + pack + store);
       if (cycles < best.cycles) best = {rows_across, by_phase, t, cycles};

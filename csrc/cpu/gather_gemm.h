@@ -43,7 +43,7 @@ struct GatherGemm {
 
   // Packs the channels [c0, c0 + channels) of one chunk. The source is read in its own order, one channel after the other: every kernel
   // element has one place in the packed panel.
-  void pack_weights(int64_t group, int64_t chunk, int64_t c0, int64_t channels) const {
+  DECONV_PHASE void pack_weights(int64_t group, int64_t chunk, int64_t c0, int64_t channels) const {
     const int64_t first = chunk * plan.row_chunk, rows = min_of(plan.row_chunk, plan.rows - first);
     T* panel = weights + ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
     if (plan.padded_weights || rows < plan.row_chunk) clear(panel, channels * plan.weights_per_channel);
@@ -89,7 +89,7 @@ struct GatherGemm {
   // Pixels
 
   // Splits the tiles [first_tile, first_tile + tiles) into runs.
-  int64_t list_runs(int64_t first_tile, int64_t tiles, PixelRun* runs) const {
+  DECONV_PHASE int64_t list_runs(int64_t first_tile, int64_t tiles, PixelRun* runs) const {
     int64_t count = 0;
     const int64_t positions_w = plan.w.positions, positions = plan.h.positions * positions_w;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -139,15 +139,20 @@ struct GatherGemm {
   }
 
   // Packs one block of channels x offsets for all tiles of the block; present[tile][offset] tells whether any pixel has a source there.
+  // A tile of rows that lies in one row of one image, with every tap inside, is read where it is: in_place[tile] points to its first pixel.
   void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
-                   T* panel, bool* present) const {
+                   T* panel, bool* present, const T** in_place) const {
     const S* source = static_cast<const S*>(plan.source.data) + (group * plan.channels + c0) * plan.source.stride[1];
     const PixelRun* first = runs;
     for (int64_t t = 0; t < tiles; ++t) {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
       T* to = panel + t * plan.pixel_width * offsets * channels;
-      if (plan.rows_across) {
+      in_place[t] = nullptr;
+      if (last == first + 1 && readable_in_place(*first)) {
+        in_place[t] = reinterpret_cast<const T*>(source + plan.source.at(first->n, 0, first->jh * plan.h.source_step, first->jw * plan.w.source_step));
+        for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
+      } else if (plan.rows_across) {
         pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to, present + t * offsets);
       } else {
         pack_as_lanes(source, first, last, t * plan.pixel_width, channels, u0, offsets, to, present + t * offsets);
@@ -156,8 +161,17 @@ struct GatherGemm {
     }
   }
 
+  bool readable_in_place(const PixelRun& run) const {
+    if (sizeof(S) != sizeof(T) || !plan.rows_across || plan.batch_innermost || run.count != plan.pixel_width || plan.source.stride[1] != 1) return false;
+    // Rows 4096 bytes apart would all compete for one set of the L1 cache.
+    if (plan.w.source_step * plan.source.stride[3] * static_cast<int64_t>(sizeof(T)) % 4096 == 0) return false;
+    const int64_t ih = run.jh * plan.h.source_step, iw = run.jw * plan.w.source_step, last_iw = iw + (run.count - 1) * plan.w.source_step;
+    return ih + plan.offsets_h.front() >= 0 && ih + plan.offsets_h.back() < plan.h.source && iw + plan.offsets_w.front() >= 0 &&
+           last_iw + plan.offsets_w.back() < plan.w.source;
+  }
+
   // [offset][channel][pixel]: rows of the source, shifted.
-  void pack_as_lanes(const S* source, const PixelRun* first, const PixelRun* last, int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
+  DECONV_PHASE void pack_as_lanes(const S* source, const PixelRun* first, const PixelRun* last, int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
                      T* to, bool* present) const {
     const int64_t pixel_stride = plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
     const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
@@ -181,7 +195,7 @@ struct GatherGemm {
   }
 
   // [pixel][offset][channel]: where channels are contiguous and offsets follow each other, neighbouring taps are one copy.
-  void pack_as_rows(const S* source, const PixelRun* first, const PixelRun* last, int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
+  DECONV_PHASE void pack_as_rows(const S* source, const PixelRun* first, const PixelRun* last, int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
                     T* to, bool* present) const {
     const int64_t count_w = plan.offsets_w.size(), stride_c = plan.source.stride[1], stride_w = plan.source.stride[3];
     const bool consecutive = plan.offsets_w[count_w - 1] - plan.offsets_w[0] == count_w - 1;
@@ -225,12 +239,17 @@ struct GatherGemm {
   int64_t pitch() const { return plan.rows_across ? plan.padded_rows : plan.block_tiles * plan.pixel_width; }
   int64_t sum_at(int64_t row, int64_t pixel) const { return plan.rows_across ? pixel * pitch() + row : row * pitch() + pixel; }
 
-  void multiply(int64_t group, int64_t chunk, int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets, const T* panel,
-                const bool* present, bool accumulate, Segment<T>* segments, int64_t* row_offsets, T* sums) const {
+  DECONV_PHASE void multiply(int64_t group, int64_t chunk, int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets, const T* panel,
+                const bool* present, const T* const* in_place, bool accumulate, Segment<T>* segments, int64_t* row_offsets, T* sums) const {
     const T* packed = weights + ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     const int64_t step = plan.rows_across ? 1 : plan.row_width;
-    for (int m = 0; m < tile.rows; ++m) row_offsets[m] = plan.rows_across ? m * offsets * channels : m;
+    int64_t* in_place_offsets = row_offsets + tile.rows;
+    for (int m = 0; m < tile.rows; ++m) {
+      row_offsets[m] = plan.rows_across ? m * offsets * channels : m;
+      in_place_offsets[m] = m * plan.w.source_step * plan.source.stride[3];
+    }
+    const int64_t count_w = plan.offsets_w.size(), pixel_step = plan.rows_across ? 1 : plan.pixel_width;
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
       for (int64_t row = 0; row < class_rows; row += plan.row_width) {
@@ -241,21 +260,24 @@ struct GatherGemm {
           // Partial sums end at fixed places of K = (tap, channel), whatever is skipped: the result must not depend on the tile's other pixels.
           for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += kPartialSum) {
             const int64_t k1 = min_of(k0 + kPartialSum, g.taps * channels);
-            int64_t count = 0, next = -1, last = -1;  // where the panel and the weights of the last segment go on
+            int64_t count = 0, last = -1;
+            const T* next = nullptr;  // where the pixels and the weights (last) of the last segment go on
             for (int64_t tap = k0 / channels; tap * channels < k1; ++tap) {
               const int64_t u = g.offset_at[tap] - u0;
               if (u < 0 || u >= offsets || !present[t * offsets + u]) continue;
-              const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels), at = u * channels + begin - tap * channels;
-              if (at == next && begin == last) {
+              const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels), c = begin - tap * channels;
+              const T* pixel = in_place[t] ? in_place[t] + plan.source.at(0, 0, plan.offsets_h[g.offset_at[tap] / count_w], plan.offsets_w[g.offset_at[tap] % count_w]) + c
+                                           : x + (u * channels + c) * pixel_step;
+              if (pixel == next && begin == last) {
                 segments[count - 1].length += end - begin;
               } else {
-                const T *weight = w + begin * plan.row_width, *pixel = x + at * (plan.rows_across ? 1 : plan.pixel_width);
+                const T* weight = w + begin * plan.row_width;
                 segments[count++] = plan.rows_across ? Segment<T>{pixel, weight, end - begin} : Segment<T>{weight, pixel, end - begin};
               }
-              next = at + end - begin;
+              next = pixel + (end - begin) * pixel_step;
               last = end;
             }
-            if (count > 0 || (k0 == 0 && !accumulate)) tile.multiply(segments, count, row_offsets, step, target, pitch(), accumulate || k0 > 0);
+            if (count > 0 || (k0 == 0 && !accumulate)) tile.multiply(segments, count, in_place[t] ? in_place_offsets : row_offsets, step, target, pitch(), accumulate || k0 > 0);
           }
         }
       }
@@ -263,7 +285,7 @@ struct GatherGemm {
   }
 
   // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN is computed again from the definition.
-  void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count, int64_t tiles, T* sums) const {
+  DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count, int64_t tiles, T* sums) const {
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk), pixels = tiles * plan.pixel_width;
     bool clean = true;
     for (const GatherClass& g : plan.classes) {
@@ -316,20 +338,48 @@ struct GatherGemm {
     return plan.params.bias ? convert<T>(static_cast<const S*>(plan.params.bias)[row * plan.params.bias_stride]) : T(0);
   }
 
-  void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count, const T* sums, T* bias) const {
+  DECONV_PHASE void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count, const T* sums, T* bias) const {
     const int64_t first = group * plan.rows + chunk * plan.row_chunk, rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     for (int64_t row = 0; row < rows; ++row) bias[row] = bias_of(first + row);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1) return store_interleaved(rows, runs, run_count, sums, bias, target);
     if (plan.rows_across && plan.rows_by_phase) return store_rows(rows, runs, run_count, sums, bias, target);
-    for_each_place(chunk, runs, run_count, [&](int64_t row, int64_t padded_row, const PixelRun& run, int64_t i, int64_t th, int64_t tw) {
-      const int64_t n = plan.batch_innermost ? run.n + i : run.n;
-      target[plan.target.at(n, row, th, tw)] = convert<S>(sums[sum_at(padded_row, run.at + i)] + bias[row]);
-    });
+    store_strided(rows, runs, run_count, sums, bias, target);
+  }
+
+  // Any strides: one pass a row, phase and run.
+  DECONV_PHASE void store_strided(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums, const T* bias, S* target) const {
+    const int64_t from_step = plan.rows_across ? pitch() : 1;
+    const int64_t to_step = plan.batch_innermost ? plan.target.stride[0] : plan.w.target_step * plan.target.stride[3];
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw) {
+            const T* line = sums + sum_at(g.first_row + row_of(h, w, rows, row, rh, rw), 0);
+            for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+              const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh, tw = run->jw * plan.w.target_step + w.first_phase + rw;
+              if (th < 0 || th >= plan.h.target) continue;
+              const Range inside = targets_inside(*run, tw);
+              const T* from = line + (run->at + inside.begin) * from_step;
+              S* to = target + plan.target.at(run->n, row, th, tw) + inside.begin * to_step;
+              for (int64_t i = inside.begin; i < inside.end; ++i, from += from_step, to += to_step) *to = convert<S>(*from + bias[row]);
+            }
+          }
+    }
+  }
+
+  // Which pixels of a run, whose first target is column tw, have their target inside.
+  Range targets_inside(const PixelRun& run, int64_t tw) const {
+    const int64_t step = plan.w.target_step;
+    if (plan.batch_innermost) return {0, tw >= 0 && tw < plan.w.target ? run.count : 0};
+    const int64_t begin = tw >= 0 ? 0 : (-tw + step - 1) / step;
+    const int64_t end = tw >= plan.w.target ? 0 : min_of(run.count, (plan.w.target - 1 - tw) / step + 1);
+    return {min_of(begin, end), end};
   }
 
   // Pixels are lanes and the target's rows are contiguous: the phases of a row are interleaved, so that whole cache lines are written.
-  void store_interleaved(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums, const T* bias, S* target) const {
+  DECONV_PHASE void store_interleaved(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums, const T* bias, S* target) const {
     constexpr int64_t kMost = 64;  // phases handled at a time
     const int64_t step = plan.w.target_step, first_phase = plan.w.classes[0].first_phase;
     int64_t phases = 0;
@@ -357,7 +407,7 @@ struct GatherGemm {
   }
 
   // Rows are lanes and contiguous in the target (channels_last): one run of rows a pixel and phase.
-  void store_rows(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums, const T* bias, S* target) const {
+  DECONV_PHASE void store_rows(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums, const T* bias, S* target) const {
     for (const GatherClass& g : plan.classes) {
       const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
       for (const PixelRun* run = runs; run < runs + run_count; ++run)
@@ -385,6 +435,7 @@ struct GatherGemm {
     const int64_t lanes = kLanes<T>;
     T *panel, *sums, *bias;
     bool* present;
+    const T** in_place;
     PixelRun* runs;
     Segment<T>* segments;
     int64_t* row_offsets;
@@ -394,9 +445,10 @@ struct GatherGemm {
       sums = carver.take<T>(pixels * plan.padded_rows);
       bias = carver.take<T>(plan.row_chunk);
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
+      in_place = carver.take<const T*>(plan.block_tiles);
       runs = carver.take<PixelRun>(pixels);
       segments = carver.take<Segment<T>>(offsets);
-      row_offsets = carver.take<int64_t>(tile.rows);
+      row_offsets = carver.take<int64_t>(2 * tile.rows);
       return carver.used();
     };
     carve(thread_scratch(carve(nullptr)));
@@ -409,8 +461,8 @@ struct GatherGemm {
       for (int64_t c0 = 0; c0 < plan.channels; c0 += plan.channel_block)
         for (int64_t u0 = 0; u0 < offsets; u0 += plan.offset_block) {
           const int64_t channels = min_of(plan.channel_block, plan.channels - c0), u = min_of(plan.offset_block, offsets - u0);
-          if (!one_panel || chunk == first_chunk) pack_pixels(group, runs, run_count, tiles, c0, channels, u0, u, panel, present);
-          multiply(group, chunk, tiles, c0, channels, u0, u, panel, present, c0 + u0 > 0, segments, row_offsets, sums);
+          if (!one_panel || chunk == first_chunk) pack_pixels(group, runs, run_count, tiles, c0, channels, u0, u, panel, present, in_place);
+          multiply(group, chunk, tiles, c0, channels, u0, u, panel, present, in_place, c0 + u0 > 0, segments, row_offsets, sums);
         }
       repair(group, chunk, runs, run_count, tiles, sums);
       store(group, chunk, runs, run_count, sums, bias);

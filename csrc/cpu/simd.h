@@ -14,6 +14,9 @@ namespace DECONV_ISA {
 constexpr int kVectorBytes = DECONV_VECTOR_BYTES;
 constexpr int kRegisters = DECONV_VECTOR_REGISTERS;
 
+// Phases of a kernel keep their names in a profile.
+#define DECONV_PHASE __attribute__((noinline))
+
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -34,6 +37,74 @@ template <class T>
 inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
+
+// One vector of T from consecutive elements of the storage type.
+template <class T, class S>
+inline Vector<T> load_as(const S* p) {
+  T lanes[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = convert<T>(p[i]);
+  return load_vector(lanes);
+}
+template <>
+inline Vector<float> load_as<float, float>(const float* p) {
+  return load_vector(p);
+}
+template <>
+inline Vector<double> load_as<double, double>(const double* p) {
+  return load_vector(p);
+}
+
+// Integer lanes of the same width: the type of a shuffle's mask.
+template <int Bytes>
+struct IntegerOf;
+template <>
+struct IntegerOf<4> {
+  typedef int32_t type;
+};
+template <>
+struct IntegerOf<8> {
+  typedef int64_t type;
+};
+
+// Interleaves blocks of `Block` lanes of a and b: the low halves' if First is 0, the high halves' if it is 1.
+template <class T, int Block, int First>
+inline Vector<T> interleave_blocks(Vector<T> a, Vector<T> b) {
+  typedef typename IntegerOf<sizeof(T)>::type Index;
+  Vector<Index> mask;
+  constexpr int kN = kLanes<T>;
+  for (int i = 0; i < kN; ++i) {
+    const int block = i / Block, lane = i % Block;
+    mask[i] = static_cast<Index>((block % 2 ? kN : 0) + (block / 2 * 2 + First) * Block + lane);
+  }
+  return __builtin_shuffle(a, b, mask);
+}
+
+// One step of a transposition by halves: swaps the off-diagonal blocks of size Block within each pair of blocks of rows.
+template <class T, int Block>
+inline void transpose_step(Vector<T>* rows) {
+  constexpr int kN = kLanes<T>;
+  for (int base = 0; base < kN; base += 2 * Block)
+    for (int i = base; i < base + Block; ++i) {
+      const Vector<T> a = rows[i], b = rows[i + Block];
+      rows[i] = interleave_blocks<T, Block, 0>(a, b);
+      rows[i + Block] = interleave_blocks<T, Block, 1>(a, b);
+    }
+  if constexpr (Block > 1) transpose_step<T, Block / 2>(rows);
+}
+
+// to[j * to_stride + i] = from[i * from_stride + j] for i, j < kLanes
+template <class T, class S>
+inline void transpose_square(const S* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int kN = kLanes<T>;
+  Vector<T> rows[kN];
+  for (int i = 0; i < kN; ++i) rows[i] = load_as<T>(from + i * from_stride);
+  transpose_step<T, kN / 2>(rows);
+  for (int i = 0; i < kN; ++i) store_vector(to + i * to_stride, rows[i]);
+}
+
+struct Range {
+  int64_t begin, end;
+};
 
 template <class I>
 inline I min_of(I a, I b) {

@@ -12,6 +12,7 @@
 
 #include "../parallel.h"
 #include "../reference/elements.h"
+#include "gather.h"
 #include "microkernel.h"
 #include "scratch.h"
 
@@ -43,7 +44,9 @@ struct WeightGemm {
   using T = typename Arithmetic<S>::type;
 
   // A thread's working set in its L2 cache: sums, packed x, patches of dy.
-  static constexpr int64_t kSums = (256 << 10) / sizeof(T), kPatches = (128 << 10) / sizeof(T);
+  static constexpr int64_t kSums = (512 << 10) / sizeof(T), kPatches = (128 << 10) / sizeof(T);
+  static constexpr int64_t kLanesAtOnce = 192;  // lanes that share a patch
+  static constexpr int64_t kOutputsInner = 16;  // co that lie together in a patch with channels innermost
   static constexpr int64_t kBlockPixels = 256;  // packed at a time
   static constexpr int64_t kTasks = 16;         // enough to balance a few threads; pixels are split where the weight has fewer parts
 
@@ -66,12 +69,12 @@ struct WeightGemm {
     choose_lines();
   }
 
-  // The tile that wastes least on its rows and lanes; step as in gather.cpp.
+  // The tile that wastes least on its rows and lanes; cycles of a step as in gather.cpp.
   void choose_tile() {
     const int64_t rows = group_out * p.h.kernel * p.w.kernel;
     double least = 0;
     for (const Tile<T>& t : Tiles<T>::list) {
-      const double step = max_of(t.rows * t.vectors, t.rows + t.vectors) / 2.0;
+      const double step = cycles_per_step(t.rows, t.vectors);
       const double cycles = step * static_cast<double>((rows + t.rows - 1) / t.rows * ((group_in + t.vectors * kLanes<T> - 1) / (t.vectors * kLanes<T>)));
       if (least == 0 || cycles < least) {
         least = cycles;
@@ -80,7 +83,8 @@ struct WeightGemm {
     }
     width = tile.vectors * kLanes<T>;
     const int64_t tiles = (group_in + width - 1) / width;
-    lane_tiles = min_of<int64_t>(tiles, 2);
+    lane_parts = (tiles * width + kLanesAtOnce - 1) / kLanesAtOnce;
+    lane_tiles = (tiles + lane_parts - 1) / lane_parts;
     lane_parts = (tiles + lane_tiles - 1) / lane_tiles;
   }
 
@@ -103,7 +107,8 @@ struct WeightGemm {
     while (true) {
       patch_h = PatchAxis::make(p.h, min_of(lines, p.h.in), kernel_h);
       patch_w = PatchAxis::make(p.w, line, kernel_w);
-      if (patch_h.extent * patch_w.extent * images() <= kPatches || (lines == 1 && line == 1)) break;
+      const int64_t together = outputs_inner() ? min_of(outputs, kOutputsInner) : 1;
+      if (patch_elements() * together <= kPatches || (lines == 1 && line == 1)) break;
       if (lines > 1) {
         lines = (lines + 1) / 2;
       } else {
@@ -116,6 +121,7 @@ struct WeightGemm {
     splits = min_of(blocks, (kTasks + parts - 1) / parts);
 
     patch_outputs = min_of(outputs, max_of<int64_t>(1, kPatches / patch_elements()));
+    if (outputs_inner() && patch_outputs > kOutputsInner) patch_outputs = patch_outputs / kOutputsInner * kOutputsInner;
     // As many co as leave the fewest rows of their last tile empty.
     const int64_t taps = kernel_h * kernel_w, most = patch_outputs;
     const auto waste = [&](int64_t count) { return static_cast<double>(round_up<int64_t>(count * taps, tile.rows)) / static_cast<double>(count); };
@@ -217,8 +223,8 @@ struct WeightGemm {
             for (int64_t l = 0; l < strips[s].lines; ++l, x += length * width)
               segments[count_lines++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent * element, x, length};
           const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);
-          for (int64_t r = 0; r < rows; r += tile.rows)
-            for (int64_t l = 0; l < count_lines; l += at_once)
+          for (int64_t l = 0; l < count_lines; l += at_once)
+            for (int64_t r = 0; r < rows; r += tile.rows)
               tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r, patch_w.pixel_step * element,
                             block_sums + r * lane_tiles * width + t * width, lane_tiles * width, block > begin || l > 0);
         }
@@ -228,7 +234,7 @@ struct WeightGemm {
   }
 
   // One line of x for one tile of lanes: [pixel][width], zeros beyond the last channel.
-  void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw, int64_t length, T* to) const {
+  DECONV_PHASE void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw, int64_t length, T* to) const {
     const int64_t lanes = min_of(width, part.lanes - t * width);
     const S* from = static_cast<const S*>(params.x.data) + params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
     const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
@@ -238,57 +244,69 @@ struct WeightGemm {
       for (int64_t i = 0; i < length; ++i)
         for (int64_t l = 0; l < lanes; ++l) to[i * width + l] = convert<T>(from[i * pixel + l]);
     } else {
+      constexpr int kN = kLanes<T>;
+      const int64_t squares_l = pixel == 1 ? lanes / kN * kN : 0, squares_i = length / kN * kN;
+      for (int64_t l = 0; l < squares_l; l += kN)
+        for (int64_t i = 0; i < squares_i; i += kN) transpose_square(from + l * channel + i, channel, to + i * width + l, width);
       for (int64_t l = 0; l < lanes; ++l)
-        for (int64_t i = 0; i < length; ++i) to[i * width + l] = convert<T>(from[l * channel + i * pixel]);
+        for (int64_t i = l < squares_l ? squares_i : 0; i < length; ++i) to[i * width + l] = convert<T>(from[l * channel + i * pixel]);
     }
   }
 
   // The patches of dy that the pixels of a strip and the taps of the part touch, for `count` co from o on; zeros outside dy.
-  void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count, int64_t iw, int64_t element, int64_t patch, T* to) const {
-    const S* from = static_cast<const S*>(params.y.data);
-    const int64_t first = part.group * group_out + part.co + o, strip_lines = min_of(lines, p.h.in);
+  DECONV_PHASE void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count, int64_t iw, int64_t element, int64_t patch, T* to) const {
+    const S* from = static_cast<const S*>(params.y.data) + params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
+    const int64_t stride_co = params.y.stride[1], stride_w = params.y.stride[3], strip_lines = min_of(lines, p.h.in), extent = patch_w.extent;
+    const int64_t start = patch_w.output(p.w, iw, part.kw, line, 0);
+    const int64_t head = min_of(extent, max_of<int64_t>(0, -start)), tail = max_of(head, min_of(extent, p.w.out - start));
     for (int64_t eh = 0; eh < patch_h.extent; ++eh) {
       const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
       const bool inside = oh >= 0 && oh < p.h.out;
-      if (outputs_inner()) {
-        for (int64_t ew = 0; ew < patch_w.extent; ++ew) {
-          const int64_t ow = patch_w.output(p.w, iw, part.kw, line, ew);
-          T* __restrict cell = to + (eh * patch_w.extent + ew) * element;
+      const S* dy = from + (inside ? oh * params.y.stride[2] : 0);
+      T* row = to + eh * extent * element;
+      if (outputs_inner() || patch_w.by_tap) {
+        for (int64_t ew = 0; ew < extent; ++ew) {
+          const int64_t ow = patch_w.by_tap ? patch_w.output(p.w, iw, part.kw, line, ew) : start + ew;
+          T* cell = row + ew * element;
           if (inside && ow >= 0 && ow < p.w.out) {
-            const S* dy = from + params.y.at(strip.n, first, oh, ow);
-            for (int64_t co = 0; co < count; ++co) cell[co] = convert<T>(dy[co]);
+            copy_cell(cell, patch, dy + ow * stride_w, stride_co, count);
           } else {
-            for (int64_t co = 0; co < count; ++co) cell[co] = 0;
+            for (int64_t co = 0; co < count; ++co) cell[co * patch] = 0;
           }
         }
         continue;
       }
-      for (int64_t co = 0; co < count; ++co) {
-        T* row = to + co * patch + eh * patch_w.extent;
-        const S* dy = from + params.y.at(strip.n, first + co, inside ? oh : 0, 0);
-        if (patch_w.by_tap) {
-          for (int64_t ew = 0; ew < patch_w.extent; ++ew) {
-            const int64_t ow = patch_w.output(p.w, iw, part.kw, line, ew);
-            row[ew] = inside && ow >= 0 && ow < p.w.out ? convert<T>(dy[ow * params.y.stride[3]]) : T(0);
-          }
+      for (int64_t co = 0; co < count; ++co, row += patch, dy += stride_co) {
+        if (!inside) {
+          for (int64_t ew = 0; ew < extent; ++ew) row[ew] = 0;
           continue;
         }
-        const int64_t start = patch_w.output(p.w, iw, part.kw, line, 0);
-        const int64_t head = inside ? min_of(patch_w.extent, max_of<int64_t>(0, -start)) : patch_w.extent;
-        const int64_t tail = max_of(head, min_of(patch_w.extent, p.w.out - start));
         for (int64_t ew = 0; ew < head; ++ew) row[ew] = 0;
-        if (params.y.stride[3] == 1) {
-          for (int64_t ew = head; ew < tail; ++ew) row[ew] = convert<T>(dy[start + ew]);
-        } else {
-          for (int64_t ew = head; ew < tail; ++ew) row[ew] = convert<T>(dy[(start + ew) * params.y.stride[3]]);
-        }
-        for (int64_t ew = tail; ew < patch_w.extent; ++ew) row[ew] = 0;
+        copy_row(row + head, dy + (start + head) * stride_w, stride_w, tail - head);
+        for (int64_t ew = tail; ew < extent; ++ew) row[ew] = 0;
       }
     }
   }
 
+  static void copy_cell(T* __restrict cell, int64_t patch, const S* dy, int64_t stride_co, int64_t count) {
+    if (patch == 1 && stride_co == 1) {
+      int64_t co = 0;
+      for (; co + kLanes<T> <= count; co += kLanes<T>) store_vector(cell + co, load_as<T>(dy + co));
+      for (; co < count; ++co) cell[co] = convert<T>(dy[co]);
+    } else {
+      for (int64_t co = 0; co < count; ++co) cell[co * patch] = convert<T>(dy[co * stride_co]);
+    }
+  }
+
+  static void copy_row(T* __restrict row, const S* dy, int64_t stride_w, int64_t count) {
+    int64_t i = 0;
+    if (stride_w == 1)
+      for (; i + kLanes<T> <= count; i += kLanes<T>) store_vector(row + i, load_as<T>(dy + i));
+    for (; i < count; ++i) row[i] = convert<T>(dy[i * stride_w]);
+  }
+
   // A zero of a padded patch against an infinite x leaves a NaN: such elements are computed again from the definition.
-  void store(const Part& part, const T* sums) const {
+  DECONV_PHASE void store(const Part& part, const T* sums) const {
     S* dw = static_cast<S*>(params.w.data);
     for (int64_t lane = 0; lane < part.lanes; ++lane) {
       const int64_t ci = part.group * group_in + part.ci + lane;
