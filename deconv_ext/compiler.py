@@ -31,7 +31,7 @@ CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fopenmp,-fvisibility=hidden"]
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 # To compile on one processor, measured; for the progress line. torch's headers cost the most.
-SECONDS = {"bindings.cpp": 50, ".cpp": 15, ".cu": 30}
+SECONDS = {"bindings.cpp": 40, ".cpp": 15, ".cu": 20}
 # After a change of branch the library of the other one is often wanted again.
 LIBRARIES_KEPT = 4
 RECORD_MARK = b"\ndeconv_ext build record "
@@ -119,7 +119,7 @@ def cuda_toolkit() -> tuple[Toolkit | None, str]:
     elif not any(path.suffix == ".cu" for path in source_files()):
         reason = "there are no CUDA sources"
     else:
-        toolkit, reason = toolchain.find_toolkit(torch.version.cuda.split(".")[0])
+        toolkit, reason = toolchain.find_toolkit(torch.version.cuda)
     if wanted and not toolkit:
         raise BuildError(f"DECONV_EXT_CUDA=1, but {reason}")
     return toolkit, reason
@@ -128,7 +128,7 @@ def cuda_toolkit() -> tuple[Toolkit | None, str]:
 def plan(cache: Path | None = None) -> Plan:
     """What `build` makes here. Raises `BuildError` if a compiler, or what is asked for, lacks."""
     toolkit, why = cuda_toolkit()
-    facts = {**_runtime(), "cxx": " ".join(toolchain.cxx_compiler()), "nvcc": "", "cuda_archs": ""}
+    facts = {**_runtime(), "cxx": toolchain.cxx_compiler()[1], "nvcc": "", "cuda_archs": ""}
     if not toolkit:
         return Plan(facts, None, why, _places(facts, cache))
     archs = toolchain.cuda_archs(toolkit, portable=cache is not None)

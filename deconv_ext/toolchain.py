@@ -65,12 +65,13 @@ def system_install(apt: str, dnf: str, conda: str) -> str:
 
 
 def cxx_compiler() -> tuple[str, str]:
-    """Command and version line of the C++ compiler: ``CXX``, or the first that runs."""
+    """The C++ compiler, ``CXX`` or the first that runs: its command, and its path and version."""
     chosen = os.environ.get("CXX")
     for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
-        version = _version_line(command, os.environ.get("PATH", ""))
-        if version:
-            return command, version
+        path = shutil.which(shlex.split(command)[0])
+        version = _version_line(command, path) if path else ""
+        if path and version:
+            return command, f"{path}: {version}"
     if chosen:
         raise BuildError(f"the compiler named by CXX={chosen} does not run; to mend it: unset CXX")
     mend = system_install(apt="g++", dnf="gcc-c++", conda="gxx")
@@ -78,7 +79,7 @@ def cxx_compiler() -> tuple[str, str]:
 
 
 @lru_cache
-def _version_line(command: str, _path: str) -> str:
+def _version_line(command: str, path: str) -> str:
     return output(*shlex.split(command), "--version").partition("\n")[0]
 
 
@@ -113,8 +114,9 @@ def tool_path() -> str:
     return os.pathsep.join([ninja.BIN_DIR, path])
 
 
-def find_toolkit(major: str) -> tuple[Toolkit | None, str]:
-    """A CUDA toolkit of version `major`; or None, and why there is none."""
+def find_toolkit(version: str) -> tuple[Toolkit | None, str]:
+    """A CUDA toolkit of the same major version as `version`; or None, and why there is none."""
+    major = version.split(".")[0]
     packages = [p for p in sys.path if p.endswith("-packages")]
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvccs = [f"{home}/bin/nvcc" for home in homes if home]
@@ -125,10 +127,13 @@ def find_toolkit(major: str) -> tuple[Toolkit | None, str]:
         if toolkit.version.split(".")[0] == major:
             return toolkit, ""
     if found:
-        why = f"nvcc in {found[0].home} is of CUDA {found[0].version}, torch is of CUDA {major}"
+        why = f"nvcc in {found[0].home} is of CUDA {found[0].version}, torch is of CUDA {version}"
     else:
         why = f"there is no usable nvcc of CUDA {major}"
-    return None, f"{why}; to mend it: export CUDA_HOME=<directory of a CUDA {major} toolkit>"
+    mend = f"export CUDA_HOME=<directory of a CUDA {major} toolkit>"
+    if int(major) >= 13:  # the Python packages of older versions are not laid out as a toolkit
+        mend = f'{sys.executable} -m pip install "cuda-toolkit[nvcc,cccl]=={version}.*"'
+    return None, f"{why}; to mend it: {mend}"
 
 
 @lru_cache

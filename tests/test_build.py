@@ -266,26 +266,41 @@ def no_toolkits(monkeypatch, tmp_path: Path) -> None:
 def test_a_wrapper_named_nvcc_is_resolved(no_toolkits, tmp_path: Path):
     real = _toolkit(tmp_path / "opt/cuda toolkit")
     script(tmp_path / "bin/nvcc", f'exec "{real}" "$@"')
-    toolkit, why = toolchain.find_toolkit("13")
+    toolkit, why = toolchain.find_toolkit("13.2")
     assert toolkit == (str(tmp_path / "opt/cuda toolkit"), "13.0") and why == ""
 
 
 def test_a_toolkit_of_another_major_version_is_not_used(no_toolkits, monkeypatch, tmp_path: Path):
-    assert "no usable nvcc of CUDA 13" in toolchain.find_toolkit("13")[1]
+    why = toolchain.find_toolkit("13.2")[1]
+    assert "no usable nvcc of CUDA 13; to mend it: " in why
+    assert 'pip install "cuda-toolkit[nvcc,cccl]==13.2.*"' in why
+    assert "to mend it: export CUDA_HOME=" in toolchain.find_toolkit("12.8")[1]
     _toolkit(tmp_path / "12", "12.8")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "12"))
-    toolkit, why = toolchain.find_toolkit("13")
-    assert toolkit is None and "12.8" in why and "to mend it: export CUDA_HOME=" in why
+    toolkit, why = toolchain.find_toolkit("13.2")
+    assert toolkit is None and "is of CUDA 12.8, torch is of CUDA 13.2" in why
     _toolkit(tmp_path / "13", "13.1")
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "13"))
-    assert toolchain.find_toolkit("13")[0] == (str(tmp_path / "13"), "13.1")
+    assert toolchain.find_toolkit("13.2")[0] == (str(tmp_path / "13"), "13.1")
+
+
+def test_a_toolkit_without_the_runtime_links_with_that_of_torch(tmp_path: Path):
+    toolkit = toolchain.Toolkit(str(tmp_path), "13.0")
+    flags = toolchain.cuda_link_flags(toolkit, tmp_path)
+    assert flags == [f"-L{tmp_path}"]
+    runtime = tmp_path / "libcudart.so"
+    assert runtime.is_symlink() == bool(torch.version.cuda)
+    assert "libcudart" in runtime.resolve().name
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64/libcudart.so").touch()
+    assert toolchain.cuda_link_flags(toolkit, tmp_path) == []
 
 
 def test_a_toolkit_without_headers_is_not_used(no_toolkits, monkeypatch, tmp_path: Path):
     _toolkit(tmp_path / "13")
     (tmp_path / "13/include/cuda_runtime.h").unlink()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "13"))
-    assert toolchain.find_toolkit("13")[0] is None
+    assert toolchain.find_toolkit("13.2")[0] is None
 
 
 def test_architectures(no_toolkits, monkeypatch, tmp_path: Path):
