@@ -19,7 +19,8 @@ ARGS ?=
 py := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
 # $(call environment,EXTRA,MODULES) provides torch, the package and what EXTRA in pyproject.toml
-# lists. A stamp tells that there is nothing to do; without VENV, that MODULES can be imported.
+# lists, without another torch than the one that is there by then. A stamp tells that there is nothing
+# to do; without VENV, that MODULES can be imported.
 define environment
 @set -e; \
 stamp="$(VENV)/.deconv_ext-$(1)"; \
@@ -31,7 +32,8 @@ elif [ ! -x "$(py)" ]; then \
   "$(PYTHON)" -m venv "$(VENV)"; \
 fi; \
 echo '$(TORCH)' | xargs "$(py)" -m pip install ninja 'setuptools>=64'; \
-"$(py)" -m pip install --no-build-isolation -e '.[$(1)]'; \
+torch=$$("$(py)" -c 'from importlib.metadata import version; print(version("torch"))'); \
+"$(py)" -m pip install --no-build-isolation -e '.[$(1)]' "torch==$$torch"; \
 if [ -n "$(VENV)" ]; then echo '$(TORCH)' > "$$stamp"; fi
 endef
 
