@@ -21,41 +21,58 @@ constexpr int64_t kPiece = 4096;  // elements of a row handled at a time: its ac
 
 // sum[i] += w * x[i * Stride]; Stride 0 stands for one known only at run time.
 template <int Stride, class T, class S>
-inline void add_scaled_row(T* __restrict sum, const S* x, int64_t stride, T w, int64_t count) {
-  const int64_t step = Stride ? Stride : stride;
-  for (int64_t i = 0; i < count; ++i) sum[i] += w * convert<T>(x[i * step]);
+inline void add_scaled_row(T* sum, const S* x, int64_t stride, T w, int64_t count) {
+  if constexpr (Stride > 0) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const int64_t left = count - i;
+      const Vector<T> v = w * load_every<T, Stride>(x + i * Stride, (left - 1) * Stride + 1);
+      if (left >= kLanes<T>) {
+        store_vector(sum + i, load_vector(sum + i) + v);
+      } else {
+        store_first(sum + i, load_first<T>(sum + i, left) + v, left);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) sum[i] += w * convert<T>(x[i * stride]);
+  }
 }
 
 template <class T, class S>
 inline void add_scaled(T* sum, const S* x, int64_t stride, T w, int64_t count) {
-  if (stride == 1) return add_scaled_row<1>(sum, x, stride, w, count);
-  if (stride == 2) return add_scaled_row<2>(sum, x, stride, w, count);
-  if (stride == 4) return add_scaled_row<4>(sum, x, stride, w, count);
+  switch (stride) {
+    case 1:
+      return add_scaled_row<1>(sum, x, stride, w, count);
+    case 2:
+      return add_scaled_row<2>(sum, x, stride, w, count);
+    case 4:
+      return add_scaled_row<4>(sum, x, stride, w, count);
+  }
   add_scaled_row<0>(sum, x, stride, w, count);
 }
 
-// sum[i mod kLanes] += x[i * x_stride] * y[i * Stride]
+// sum[i mod kLanes] += x[i * x_stride] * y[i * y_stride]; Stride is that of y where x is contiguous, else 0.
 template <int Stride, class T, class S>
 inline void add_products_row(T* sum, const S* x, int64_t x_stride, const S* y, int64_t y_stride, int64_t count) {
-  constexpr int kN = kLanes<T>;
-  const int64_t x_step = Stride ? 1 : x_stride, y_step = Stride ? Stride : y_stride;
-  Vector<T> total = load_vector(sum);
-  int64_t i = 0;
-  for (; i + kN <= count; i += kN) {
-    T a[kN], b[kN];
-    for (int lane = 0; lane < kN; ++lane) a[lane] = convert<T>(x[(i + lane) * x_step]);
-    for (int lane = 0; lane < kN; ++lane) b[lane] = convert<T>(y[(i + lane) * y_step]);
-    total += load_vector(a) * load_vector(b);
+  if constexpr (Stride > 0) {
+    Vector<T> total = load_vector(sum);
+    for (int64_t i = 0; i < count; i += kLanes<T>)
+      total += load_every<T, 1>(x + i, count - i) * load_every<T, Stride>(y + i * Stride, (count - i - 1) * Stride + 1);
+    store_vector(sum, total);
+  } else {
+    for (int64_t i = 0; i < count; ++i) sum[i % kLanes<T>] += convert<T>(x[i * x_stride]) * convert<T>(y[i * y_stride]);
   }
-  store_vector(sum, total);
-  for (; i < count; ++i) sum[i % kN] += convert<T>(x[i * x_step]) * convert<T>(y[i * y_step]);
 }
 
 template <class T, class S>
 inline void add_products(T* sum, const S* x, int64_t x_stride, const S* y, int64_t y_stride, int64_t count) {
-  if (x_stride == 1 && y_stride == 1) return add_products_row<1>(sum, x, x_stride, y, y_stride, count);
-  if (x_stride == 1 && y_stride == 2) return add_products_row<2>(sum, x, x_stride, y, y_stride, count);
-  if (x_stride == 1 && y_stride == 4) return add_products_row<4>(sum, x, x_stride, y, y_stride, count);
+  switch (x_stride == 1 ? y_stride : 0) {
+    case 1:
+      return add_products_row<1>(sum, x, x_stride, y, y_stride, count);
+    case 2:
+      return add_products_row<2>(sum, x, x_stride, y, y_stride, count);
+    case 4:
+      return add_products_row<4>(sum, x, x_stride, y, y_stride, count);
+  }
   add_products_row<0>(sum, x, x_stride, y, y_stride, count);
 }
 
@@ -88,11 +105,24 @@ inline Range inputs_of(const Axis& axis, int64_t k) {
   return {begin, max_of(begin, end)};
 }
 
+// What a kernel column does to a row: inputs [begin, end) go to the outputs from `output` on, which are position begin - shift of phase `phase`.
+struct ColumnTap {
+  int64_t begin, end, output, phase, shift;
+};
+
+inline ColumnTap column_tap(const Axis& axis, int64_t k) {
+  const Range inputs = inputs_of(axis, k);
+  const int64_t output = inputs.begin * axis.stride + k * axis.dilation - axis.pad;
+  if (inputs.begin == inputs.end) return {0, 0, 0, 0, 0};
+  return {inputs.begin, inputs.end, output, output % axis.stride, inputs.begin - output / axis.stride};
+}
+
 template <class S>
 struct Direct {
   using T = typename Arithmetic<S>::type;
 
   const Params& params;
+  const ColumnTap* columns;  // [kernel_w]
   const Problem& p = params.problem;
   int64_t group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
 
@@ -119,13 +149,10 @@ struct Direct {
         if (ih < 0) continue;
         for (int64_t ci = group * group_in; ci < (group + 1) * group_in; ++ci) {
           for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-            const Range inputs = inputs_of(p.w, kw);
-            if (inputs.begin == inputs.end) continue;
-            const int64_t first = inputs.begin * p.w.stride + kw * p.w.dilation - p.w.pad;  // output of the first input
-            const int64_t r = first % p.w.stride, shift = inputs.begin - first / p.w.stride;  // input = position + shift
-            const int64_t begin = max_of(inputs.begin, j0 + shift), end = min_of(inputs.end, j0 + count + shift);
+            const ColumnTap& tap = columns[kw];
+            const int64_t begin = max_of(tap.begin, j0 + tap.shift), end = min_of(tap.end, j0 + count + tap.shift);
             if (begin < end)
-              add_scaled(sums.partial + r * piece + begin - shift - j0, at(params.x, n, ci, ih, begin), params.x.stride[3],
+              add_scaled(sums.partial + tap.phase * piece + begin - tap.shift - j0, at(params.x, n, ci, ih, begin), params.x.stride[3],
                          weight(ci, co - group * group_out, kh, kw), end - begin);
           }
           sums.added(p.w.kernel / phases + 1);
@@ -154,10 +181,10 @@ struct Direct {
         if (oh < 0) continue;
         for (int64_t co = 0; co < group_out; ++co) {
           for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-            const Range inputs = inputs_of(p.w, kw);
-            const int64_t begin = max_of(inputs.begin, i0), end = min_of(inputs.end, i0 + count);
+            const ColumnTap& tap = columns[kw];
+            const int64_t begin = max_of(tap.begin, i0), end = min_of(tap.end, i0 + count);
             if (begin < end)
-              add_scaled(sums.partial + begin - i0, at(params.y, n, group * group_out + co, oh, begin * p.w.stride + kw * p.w.dilation - p.w.pad),
+              add_scaled(sums.partial + begin - i0, at(params.y, n, group * group_out + co, oh, tap.output + (begin - tap.begin) * p.w.stride),
                          params.y.stride[3] * p.w.stride, weight(ci, co, kh, kw), end - begin);
           }
           sums.added(p.w.kernel);
@@ -179,11 +206,10 @@ struct Direct {
       for (int64_t ih = lines.begin; ih < lines.end; ++ih) {
         const int64_t oh = output_index(p.h, ih, kh);
         for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-          const Range inputs = inputs_of(p.w, kw);
-          if (inputs.begin < inputs.end)
-            add_products(sums.partial + kw * kN, at(params.x, n, ci, ih, inputs.begin), params.x.stride[3],
-                         at(params.y, n, channel, oh, inputs.begin * p.w.stride + kw * p.w.dilation - p.w.pad), params.y.stride[3] * p.w.stride,
-                         inputs.end - inputs.begin);
+          const ColumnTap& tap = columns[kw];
+          if (tap.begin < tap.end)
+            add_products(sums.partial + kw * kN, at(params.x, n, ci, ih, tap.begin), params.x.stride[3], at(params.y, n, channel, oh, tap.output),
+                         params.y.stride[3] * p.w.stride, tap.end - tap.begin);
         }
         sums.added(p.w.in / kN + 1);
       }
@@ -198,8 +224,10 @@ struct Direct {
 
 template <class S>
 void direct(Op op, const Params& params, int threads) {
-  const Direct<S> kernel{params};
   const Problem& p = params.problem;
+  ColumnTap* columns = static_cast<ColumnTap*>(call_scratch(p.w.kernel * sizeof(ColumnTap)));
+  for (int64_t kw = 0; kw < p.w.kernel; ++kw) columns[kw] = column_tap(p.w, kw);
+  const Direct<S> kernel{params, columns};
   if (op == Op::kGradWeight) {
     const int64_t outputs = p.c_out / p.groups;
     parallel_for(p.c_in * outputs * p.h.kernel, threads, [&](int64_t task) {

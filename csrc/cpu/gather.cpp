@@ -63,6 +63,8 @@ GatherPlan make_gather(Op op, const Params& params, bool merged_h, bool merged_w
   if (plan.channels * plan.groups == 1) plan.source.stride[1] = 1;  // never used; says that channels are contiguous
   plan.offsets_h = union_of_offsets(plan.h);
   plan.offsets_w = union_of_offsets(plan.w);
+  for (int64_t h : plan.offsets_h)
+    for (int64_t w : plan.offsets_w) plan.source_at.push_back(plan.source.at(0, 0, h, w));
   return plan;
 }
 

@@ -53,6 +53,7 @@ struct GatherPlan {
 
   // Every source offset that some class uses: the panel of packed pixels holds one shifted copy for each.
   std::vector<int64_t> offsets_h, offsets_w;
+  std::vector<int64_t> source_at;  // [offsets_h][offsets_w] elements from a pixel to the source at that offset
   std::vector<GatherClass> classes;
   int64_t padded_rows;         // of all classes of a chunk
   int64_t weights_per_channel;  // packed elements of a chunk

@@ -128,16 +128,6 @@ struct GatherGemm {
     return {begin, end, plan.source.at(run.n, 0, ih, iw + begin * plan.w.source_step)};
   }
 
-  static void copy(T* to, const S* from, int64_t stride, int64_t count) {
-    if (stride == 1) {
-      for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i]);
-    } else if (stride == 2) {
-      for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[2 * i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i * stride]);
-    }
-  }
-
   // Packs one block of channels x offsets for all tiles of the block; present[tile][offset] tells whether any pixel has a source there.
   // A tile of rows that lies in one row of one image, with every tap inside, is read where it is: in_place[tile] points to its first pixel.
   void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
@@ -189,7 +179,7 @@ struct GatherGemm {
         const Piece piece = piece_of(*run, offset_h, offset_w);
         T* at = to + run->at - first_pixel + piece.begin;
         for (int64_t c = 0; c < channels; ++c)
-          copy(at + c * width, source + piece.source + c * plan.source.stride[1], pixel_stride, piece.end - piece.begin);
+          copy_strided(at + c * width, source + piece.source + c * plan.source.stride[1], pixel_stride, piece.end - piece.begin);
       }
     }
   }
@@ -216,9 +206,9 @@ struct GatherGemm {
           const S* from = source + plan.source.at(n, 0, ih, iw + begin);
           clear(row, begin * channels);
           if (contiguous) {
-            copy(row + begin * channels, from, 1, (end - begin) * channels);
+            copy_strided(row + begin * channels, from, 1, (end - begin) * channels);
           } else {
-            for (int64_t tap = begin; tap < end; ++tap) copy(row + tap * channels, from + (tap - begin) * stride_w, stride_c, channels);
+            for (int64_t tap = begin; tap < end; ++tap) copy_strided(row + tap * channels, from + (tap - begin) * stride_w, stride_c, channels);
           }
           clear(row + end * channels, (length - end) * channels);
           for (int64_t tap = begin; tap < end; ++tap) present[u + tap] = true;
@@ -239,8 +229,16 @@ struct GatherGemm {
   int64_t pitch() const { return plan.rows_across ? plan.padded_rows : plan.block_tiles * plan.pixel_width; }
   int64_t sum_at(int64_t row, int64_t pixel) const { return plan.rows_across ? pixel * pitch() + row : row * pitch() + pixel; }
 
+  // Segments in groups that are summed apart. A group ends at fixed places of K = (tap, channel), whatever is skipped: the result must not depend
+  // on the other pixels of the tile. Neighbouring taps whose weights and pixels both go on are one segment.
+  struct SegmentList {
+    Segment<T>* list;
+    int64_t* group_begin;
+    int64_t count, groups;
+  };
+
   DECONV_PHASE void multiply(int64_t group, int64_t chunk, int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets, const T* panel,
-                const bool* present, const T* const* in_place, bool accumulate, Segment<T>* segments, int64_t* row_offsets, T* sums) const {
+                const bool* present, const T* const* in_place, bool accumulate, SegmentList& segments, int64_t* row_offsets, T* sums) const {
     const T* packed = weights + ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     const int64_t step = plan.rows_across ? 1 : plan.row_width;
@@ -249,39 +247,65 @@ struct GatherGemm {
       row_offsets[m] = plan.rows_across ? m * offsets * channels : m;
       in_place_offsets[m] = m * plan.w.source_step * plan.source.stride[3];
     }
-    const int64_t count_w = plan.offsets_w.size(), pixel_step = plan.rows_across ? 1 : plan.pixel_width;
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
       for (int64_t row = 0; row < class_rows; row += plan.row_width) {
         const T* w = packed + channels * (g.first_weight + row * g.taps);
+        const T* base = nullptr;  // of the tile that the segments were listed for, while others may share them
+        bool base_in_place = false;
         for (int64_t t = 0; t < tiles; ++t) {
-          const T* x = panel + t * plan.pixel_width * offsets * channels;
+          const T* x = in_place[t] ? in_place[t] : panel + t * plan.pixel_width * offsets * channels;
+          const bool all_present = in_place[t] || complete(present + t * offsets, offsets);
+          if (base && all_present && base_in_place == (in_place[t] != nullptr)) {
+            for (int64_t s = 0; s < segments.count; ++s) (plan.rows_across ? segments.list[s].a : segments.list[s].b) += x - base;
+            base = x;
+          } else {
+            list_segments(g, w, x, in_place[t] != nullptr, channels, u0, offsets, present + t * offsets, segments);
+            base = all_present ? x : nullptr;
+            base_in_place = in_place[t] != nullptr;
+          }
           T* target = sums + sum_at(g.first_row + row, t * plan.pixel_width);
-          // Partial sums end at fixed places of K = (tap, channel), whatever is skipped: the result must not depend on the tile's other pixels.
-          for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += kPartialSum) {
-            const int64_t k1 = min_of(k0 + kPartialSum, g.taps * channels);
-            int64_t count = 0, last = -1;
-            const T* next = nullptr;  // where the pixels and the weights (last) of the last segment go on
-            for (int64_t tap = k0 / channels; tap * channels < k1; ++tap) {
-              const int64_t u = g.offset_at[tap] - u0;
-              if (u < 0 || u >= offsets || !present[t * offsets + u]) continue;
-              const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels), c = begin - tap * channels;
-              const T* pixel = in_place[t] ? in_place[t] + plan.source.at(0, 0, plan.offsets_h[g.offset_at[tap] / count_w], plan.offsets_w[g.offset_at[tap] % count_w]) + c
-                                           : x + (u * channels + c) * pixel_step;
-              if (pixel == next && begin == last) {
-                segments[count - 1].length += end - begin;
-              } else {
-                const T* weight = w + begin * plan.row_width;
-                segments[count++] = plan.rows_across ? Segment<T>{pixel, weight, end - begin} : Segment<T>{weight, pixel, end - begin};
-              }
-              next = pixel + (end - begin) * pixel_step;
-              last = end;
-            }
-            if (count > 0 || (k0 == 0 && !accumulate)) tile.multiply(segments, count, in_place[t] ? in_place_offsets : row_offsets, step, target, pitch(), accumulate || k0 > 0);
+          for (int64_t group = 0; group < segments.groups; ++group) {
+            const int64_t first = segments.group_begin[group], count = segments.group_begin[group + 1] - first;
+            if (count > 0 || (group == 0 && !accumulate))
+              tile.multiply(segments.list + first, count, in_place[t] ? in_place_offsets : row_offsets, step, target, pitch(), accumulate || group > 0);
           }
         }
       }
     }
+  }
+
+  static bool complete(const bool* present, int64_t offsets) {
+    bool all = true;
+    for (int64_t u = 0; u < offsets; ++u) all &= present[u];
+    return all;
+  }
+
+  void list_segments(const GatherClass& g, const T* w, const T* x, bool in_place, int64_t channels, int64_t u0, int64_t offsets, const bool* present,
+                     SegmentList& segments) const {
+    const int64_t pixel_step = plan.rows_across ? 1 : plan.pixel_width;
+    segments.count = segments.groups = 0;
+    for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += kPartialSum) {
+      segments.group_begin[segments.groups++] = segments.count;
+      const int64_t k1 = min_of(k0 + kPartialSum, g.taps * channels);
+      int64_t last = -1;
+      const T* next = nullptr;  // where the pixels of the last segment go on
+      for (int64_t tap = k0 / channels; tap * channels < k1; ++tap) {
+        const int64_t u = g.offset_at[tap] - u0;
+        if (u < 0 || u >= offsets || !present[u]) continue;
+        const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels), c = begin - tap * channels;
+        const T* pixel = in_place ? x + plan.source_at[g.offset_at[tap]] + c : x + (u * channels + c) * pixel_step;
+        const T* weight = w + begin * plan.row_width;
+        if (pixel == next && begin == last) {
+          segments.list[segments.count - 1].length += end - begin;
+        } else {
+          segments.list[segments.count++] = plan.rows_across ? Segment<T>{pixel, weight, end - begin} : Segment<T>{weight, pixel, end - begin};
+        }
+        next = pixel + (end - begin) * pixel_step;
+        last = end;
+      }
+    }
+    segments.group_begin[segments.groups] = segments.count;
   }
 
   // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN is computed again from the definition.
@@ -437,7 +461,7 @@ struct GatherGemm {
     bool* present;
     const T** in_place;
     PixelRun* runs;
-    Segment<T>* segments;
+    SegmentList segments;
     int64_t* row_offsets;
     const auto carve = [&](void* memory) {
       Carver carver(memory);
@@ -447,7 +471,10 @@ struct GatherGemm {
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
       in_place = carver.take<const T*>(plan.block_tiles);
       runs = carver.take<PixelRun>(pixels);
-      segments = carver.take<Segment<T>>(offsets);
+      // A tap spans at most one more group than its channels fill.
+      const int64_t groups = offsets * plan.channel_block / kPartialSum + 2;
+      segments.list = carver.take<Segment<T>>(offsets + groups);
+      segments.group_begin = carver.take<int64_t>(groups);
       row_offsets = carver.take<int64_t>(2 * tile.rows);
       return carver.used();
     };

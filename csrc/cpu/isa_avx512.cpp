@@ -1,4 +1,8 @@
 // The CPU kernels for AVX-512. Standard headers come before the switch of target, so that nothing shared is compiled for it.
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include <memory>
 #include <vector>
 

@@ -5,6 +5,10 @@
 // instantiated in here, or the linker could keep the copy made for the wrong instruction set.
 #pragma once
 
+#if DECONV_VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
+
 #include "../half.h"
 
 namespace deconv {
@@ -65,6 +69,79 @@ template <>
 struct IntegerOf<8> {
   typedef int64_t type;
 };
+
+// The even lanes of a followed by b.
+template <class T>
+inline Vector<T> even_lanes(Vector<T> a, Vector<T> b) {
+  typedef typename IntegerOf<sizeof(T)>::type Index;
+  Vector<Index> mask;
+  for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i);
+  return __builtin_shuffle(a, b, mask);
+}
+
+// The first `count` lanes, 0 <= count <= kLanes: memory beyond them is not touched, lanes beyond them are zero.
+template <class T, class S>
+inline Vector<T> load_first(const S* p, int64_t count) {
+#if DECONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 4) return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi32((1u << count) - 1, p));
+  if constexpr (sizeof(S) == 8) return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi64((1u << count) - 1, p));
+#endif
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = convert<T>(p[i]);
+  return load_vector(lanes);
+}
+
+template <class T>
+inline void store_first(T* p, Vector<T> v, int64_t count) {
+#if DECONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
+#endif
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// Every Stride-th of the `count` elements from p on, Stride a power of two.
+template <class T, int Stride, class S>
+inline Vector<T> load_every(const S* p, int64_t count) {
+  constexpr int64_t kHalf = kLanes<T> * Stride / 2;
+  if constexpr (Stride == 1) {
+    return count >= kLanes<T> ? load_as<T>(p) : load_first<T>(p, count);
+  } else if (count > kHalf) {
+    return even_lanes<T>(load_every<T, Stride / 2>(p, count), load_every<T, Stride / 2>(p + kHalf, count - kHalf));
+  } else {
+    return even_lanes<T>(load_every<T, Stride / 2>(p, count), Vector<T>{});
+  }
+}
+
+// to[i] = from[i * Stride]
+template <int Stride, class T, class S>
+inline void copy_every(T* to, const S* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    const Vector<T> v = load_every<T, Stride>(from + i * Stride, (left - 1) * Stride + 1);
+    if (left >= kLanes<T>) {
+      store_vector(to + i, v);
+    } else {
+      store_first(to + i, v, left);
+    }
+  }
+}
+
+// to[i] = from[i * stride]
+template <class T, class S>
+inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
+  switch (stride) {
+    case 1:
+      return copy_every<1>(to, from, count);
+    case 2:
+      return copy_every<2>(to, from, count);
+    case 4:
+      return copy_every<4>(to, from, count);
+    case 8:
+      return copy_every<8>(to, from, count);
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i * stride]);
+}
 
 // Interleaves blocks of `Block` lanes of a and b: the low halves' if First is 0, the high halves' if it is 1.
 template <class T, int Block, int First>

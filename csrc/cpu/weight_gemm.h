@@ -158,7 +158,7 @@ struct WeightGemm {
   }
 
   // Where (co, kh, kw) stands among the rows of `count` co: neighbours are what lies close together in a patch.
-  bool outputs_inner() const { return params.y.stride[1] == 1; }
+  bool outputs_inner() const { return params.y.stride[1] == 1 && outputs > 1; }
   int64_t row_of(const Part& part, int64_t count, int64_t co, int64_t kh, int64_t kw) const {
     return outputs_inner() ? (kh * part.kernel_w + kw) * count + co : (co * part.kernel_h + kh) * part.kernel_w + kw;
   }
@@ -268,10 +268,12 @@ struct WeightGemm {
         for (int64_t ew = 0; ew < extent; ++ew) {
           const int64_t ow = patch_w.by_tap ? patch_w.output(p.w, iw, part.kw, line, ew) : start + ew;
           T* cell = row + ew * element;
-          if (inside && ow >= 0 && ow < p.w.out) {
-            copy_cell(cell, patch, dy + ow * stride_w, stride_co, count);
-          } else {
+          if (!inside || ow < 0 || ow >= p.w.out) {
             for (int64_t co = 0; co < count; ++co) cell[co * patch] = 0;
+          } else if (patch == 1) {
+            copy_every<1>(cell, dy + ow * stride_w, count);
+          } else {
+            for (int64_t co = 0; co < count; ++co) cell[co * patch] = convert<T>(dy[ow * stride_w + co * stride_co]);
           }
         }
         continue;
@@ -282,27 +284,10 @@ struct WeightGemm {
           continue;
         }
         for (int64_t ew = 0; ew < head; ++ew) row[ew] = 0;
-        copy_row(row + head, dy + (start + head) * stride_w, stride_w, tail - head);
+        copy_strided(row + head, dy + (start + head) * stride_w, stride_w, tail - head);
         for (int64_t ew = tail; ew < extent; ++ew) row[ew] = 0;
       }
     }
-  }
-
-  static void copy_cell(T* __restrict cell, int64_t patch, const S* dy, int64_t stride_co, int64_t count) {
-    if (patch == 1 && stride_co == 1) {
-      int64_t co = 0;
-      for (; co + kLanes<T> <= count; co += kLanes<T>) store_vector(cell + co, load_as<T>(dy + co));
-      for (; co < count; ++co) cell[co] = convert<T>(dy[co]);
-    } else {
-      for (int64_t co = 0; co < count; ++co) cell[co * patch] = convert<T>(dy[co * stride_co]);
-    }
-  }
-
-  static void copy_row(T* __restrict row, const S* dy, int64_t stride_w, int64_t count) {
-    int64_t i = 0;
-    if (stride_w == 1)
-      for (; i + kLanes<T> <= count; i += kLanes<T>) store_vector(row + i, load_as<T>(dy + i));
-    for (; i < count; ++i) row[i] = convert<T>(dy[i * stride_w]);
   }
 
   // A zero of a padded patch against an infinite x leaves a NaN: such elements are computed again from the definition.
