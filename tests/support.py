@@ -40,13 +40,22 @@ def run_if_accepted(op: str, case: Case, t: Operands, algo: str) -> Tensor | Non
         return run(op, case, t, algo)
     except RuntimeError as error:
         assert f"algo='{algo}' cannot take this problem: " in str(error), error
-        assert not must_accept(algo, t.w.dtype), f"{algo} declines {case!r}: {error}"
+        assert not must_accept(algo, case, t), f"{algo} declines {case!r}: {error}"
         return None
 
 
-def must_accept(algo: str, dtype: torch.dtype) -> bool:
-    """Whether declining is a fault: nothing is declined but integers, by all except the reference."""
-    return algo == "reference" or dtype != torch.int64
+def must_accept(algo: str, case: Case, t: Operands) -> bool:
+    """Whether the algorithm is made for such a problem, so that declining it is a fault."""
+    if algo == "reference" or t.w.dtype == torch.int64:
+        return algo == "reference"
+    if algo == "depthwise":
+        channels_last = all(
+            tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+            for tensor in (t.x, t.dy)
+        )
+        return case.groups == case.c_in == case.c_out and channels_last and not t.w.is_complex()
+    assert algo in ("direct", "gemm"), f"say here what {algo} is made for"
+    return True
 
 
 def define_wide(op: str, case: Case, t: Operands, wide: DTypeLike) -> NDArray[Any]:

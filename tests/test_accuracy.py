@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support import FLOATS, OPERATIONS, C, define_wide, dtype_name, each_dtype
-from support import implementations, run, run_torch, use_isa
+from support import implementations, run, run_if_accepted, run_torch, use_isa
 
 from deconv_ext.testing import LAYERS, Case, Operands, make_case
 
@@ -85,18 +85,25 @@ def test_long_sums(op: str, algo: str, isa: str, dtype: torch.dtype, seed: int) 
     """Every implementation: K terms added one after the other err by about eps * sqrt(K) / 5."""
     eps = torch.finfo(dtype).eps
     sum_eps = min(eps, torch.finfo(torch.float32).eps)  # half precision is summed in float32
+    accepted = 0
     for case, (t, want) in zip(LONG, long_problems(op, dtype)):
         with use_isa(isa):
-            error = Error.of(run(op, case, t, algo), want)
+            got = run_if_accepted(op, case, t, algo)
+        if got is None:
+            continue
+        accepted += 1
+        error = Error.of(got, want)
         size = np.sqrt(np.mean(want**2))
         terms = case.macs / want.size
         assert error.rms <= (eps / 2 + sum_eps * np.sqrt(terms) / 2) * size, (case, error, size)
+    assert accepted > 0
 
 
 @functools.cache
 def long_problems(op: str, dtype: torch.dtype) -> list[tuple[Operands, NDArray[Any]]]:
     """Operands and results of `LONG`, the same for every implementation."""
-    operands = [case.operands(index, dtype) for index, case in enumerate(LONG)]
+    layouts = ("contiguous" if case.groups == 1 else "channels_last" for case in LONG)
+    operands = [case.operands(i, dtype, layout) for i, (case, layout) in enumerate(zip(LONG, layouts))]
     return [(t, define_wide(op, case, t, np.longdouble)) for case, t in zip(LONG, operands)]
 
 
