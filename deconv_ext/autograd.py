@@ -182,8 +182,8 @@ class GradBias(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        dy = args[0].movedim(in_dims[0], 1)
-        return grad_bias(dy.flatten(1, 2)).unflatten(0, dy.shape[1:3]), 0
+        dy = _join(args[0].movedim(in_dims[0], 1), 1)
+        return _split(grad_bias(dy), 0, info.batch_size), 0
 
 
 class _Fold:
@@ -205,16 +205,26 @@ class _Fold:
         if dim is None:
             return tensor
         at, g = axes.index(self.axis), axes.index("g")
-        tensor = tensor.movedim(dim, 0)
-        tensor = tensor.unflatten(g + 1, (self.groups, tensor.shape[g + 1] // self.groups))
-        return tensor.movedim(0, at).flatten(at, at + 1).flatten(g, g + 1)
+        tensor = _split(tensor.movedim(dim, 0), g + 1, self.groups)
+        return _join(_join(tensor.movedim(0, at), at), g)
 
     def undo(self, result: Tensor, axes: str) -> Tensor:
         """The result with the vmapped dimension taken out of the axis and put first."""
         at, g, groups = axes.index(self.axis), axes.index("g"), self.geometry[-1]
-        result = result.unflatten(g, (groups, result.shape[g] // groups))
-        result = result.unflatten(at, (self.batch, result.shape[at] // self.batch))
-        return result.movedim(at, 0).flatten(g + 1, g + 2)
+        result = _split(_split(result, g, groups), at, self.batch)
+        return _join(result.movedim(at, 0), g + 1)
+
+
+def _split(tensor: Tensor, axis: int, parts: int) -> Tensor:
+    """An axis as two, the first of that length. (The old vmap below has no unflatten, flatten.)"""
+    size = tensor.shape[axis]
+    return tensor.reshape(*tensor.shape[:axis], parts, size // parts, *tensor.shape[axis + 1 :])
+
+
+def _join(tensor: Tensor, axis: int) -> Tensor:
+    """An axis and the next as one."""
+    first, second, *rest = tensor.shape[axis:]
+    return tensor.reshape(*tensor.shape[:axis], first * second, *rest)
 
 
 def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
@@ -266,23 +276,21 @@ def _product_rule(
 def _under_legacy_vmap(operation: type[Function], args: tuple[Any, ...]) -> Tensor:
     """The operation on tensors of the vmap that `torch.autograd.grad(is_grads_batched=True)` uses.
 
-    It knows nothing of Functions, so that its innermost level is taken off and put back here.
+    It knows nothing of Functions, so its innermost level is taken off and put back here.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    batch_size, peeled = 0, args
-    while not batch_size:
+    for level in range(63, 0, -1):  # as many as it has; the count of those in use is per thread
         # A tensor without this level gains an empty dimension instead.
-        peeled = tuple(
+        peeled = [
             torch._remove_batch_dim(a, level, 0, 0) if isinstance(a, Tensor) else a for a in args
-        )
+        ]
         sizes = [a.shape[0] if isinstance(a, Tensor) else 0 for a in peeled]
-        batch_size, level = max(sizes), level - 1
+        if batch_size := max(sizes):
+            break
     tensors = [new if size else old for old, new, size in zip(args, peeled, sizes, strict=True)]
     in_dims = tuple(0 if size else None for size in sizes)
     result, _ = operation.vmap(SimpleNamespace(batch_size=batch_size), in_dims, *tensors)
     # Forward mode calls as_strided on it, which wants the batch first in memory too.
-    return torch._add_batch_dim(result.contiguous(), 0, level + 1)
+    return torch._add_batch_dim(result.contiguous(), 0, level)
 
 
 def _recorded(operation: type[Function]) -> Callable[..., Tensor]:

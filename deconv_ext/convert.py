@@ -175,7 +175,7 @@ def _obstacle(module: nn.Module) -> str:
 # --- classes -------------------------------------------------------------------------------------
 
 
-def _converted(origin: type[nn.Module]) -> type[nn.Module]:
+def _converted(origin: Any) -> type[nn.Module]:
     """The class that a module of the original class becomes."""
     return ConvTranspose2d if origin is nn.ConvTranspose2d else _mixed(origin)
 

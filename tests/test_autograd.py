@@ -199,12 +199,29 @@ def test_batched_backward_and_vectorized_jacobian():
     assert_close(jacobian(ours, args, vectorize=True), jacobian(theirs, args))
 
 
-def test_nested_batched_backward():
-    """The derivative of a batched backward pass, itself batched, one level within the other."""
-    x, w, _ = operands(requires_grad=True)
+def test_vectorized_hessian():
+    args = tuple(operands(requires_grad=True)[:2])
     hess = torch.autograd.functional.hessian
-    got = hess(lambda *a: energy(ours, *a), (x, w), vectorize=True)
-    assert_close(got, hess(lambda *a: energy(theirs, *a), (x, w)))
+    both = [functools.partial(energy, f) for f in (ours, theirs)]
+    assert_close(hess(both[0], args, vectorize=True), hess(both[1], args))
+
+
+def test_backward_batched_at_several_levels():
+    """In the vmap of is_grads_batched, a tensor may lack the level that is the innermost."""
+    x, w, b = operands(requires_grad=True)
+    y = ours(x, w, b)
+    dy, scale = torch.randn(3, 5, *y.shape, dtype=y.dtype), torch.randn(2, dtype=y.dtype)
+    old_vmap = torch._vmap_internals._vmap
+
+    def pull_back(dy):
+        return torch.autograd.grad(y, (x, w, b), dy, retain_graph=True)
+
+    both = old_vmap(old_vmap(pull_back))(dy)
+    outer = old_vmap(lambda dy: old_vmap(lambda s: s * pull_back(dy)[1])(scale))(dy[0])
+    for i, j in itertools.product(range(3), range(5)):
+        assert_close([g[i, j] for g in both], list(pull_back(dy[i, j])))
+    for j in range(5):
+        assert_close(outer[j], scale[:, None, None, None, None] * pull_back(dy[0, j])[1])
 
 
 # --- forward mode --------------------------------------------------------------------------------

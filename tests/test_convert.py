@@ -266,6 +266,16 @@ def test_parametrization_before_and_after(base):
     assert type(layer) is base
     assert_close(layer(x), want)
 
+    parametrize.register_parametrization(layer, "weight", Double())
+    convert(layer)
+    parametrize.register_parametrization(layer, "bias", Double())
+    doubled = layer(x)
+    revert(layer)
+    assert parametrize.is_parametrized(layer, "weight")
+    assert parametrize.is_parametrized(layer, "bias")
+    assert_close(layer(x), doubled)
+    assert_close(doubled, 2 * want)
+
 
 def test_revert_refuses_a_class_changed_by_others():
     model = nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.ConvTranspose2d(3, 3, 2))

@@ -82,8 +82,8 @@ BAD_CALLS = {
     "output_padding as large as stride": ((X, W, B, 2, 0, 2), {}, "output.padding.*2"),
     "negative dilation": ((X, W, B, 1, 0, 0, 1, -1), {}, "dilation"),
     "empty input": ((X[:, :, :0], W), {}, r"0, 5\]"),
-    "padding of all": ((X, W, B, 1, 9), {}, ""),
-    "sparse input": ((X.to_sparse(), W), {}, ""),
+    "padding of all": ((X, W, B, 1, 9), {}, "."),
+    "sparse input": ((X.to_sparse(), W), {}, "."),
     "bool tensors": ((X.bool(), W.bool()), {}, "Bool"),
     "int32 tensors": ((X.int(), W.int()), {}, "Int"),
 }  # fmt: skip
