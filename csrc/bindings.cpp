@@ -1,12 +1,14 @@
-// The only file that knows torch: checks arguments once for all devices, allocates results, fills Params, picks the device.
+// The only file that knows torch: checks arguments once for all devices, allocates results, fills
+// Params, picks the device.
 //
-// Tensors are 4-D here and carry any strides; unbatched inputs and argument defaults are settled in deconv_ext/functional.py.
+// Tensors are 4-D here and carry any strides; unbatched inputs and argument defaults are settled in
+// deconv_ext/functional.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/complex.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/view_as_real.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -42,65 +44,94 @@ struct Arguments {
 
 void check_arguments(const Arguments& a, const Pair& kernel) {
   for (int axis = 0; axis < 2; ++axis) {
-    TORCH_CHECK(a.stride[axis] > 0, "non-positive stride is not supported, but got stride=", at::IntArrayRef(a.stride));
-    TORCH_CHECK(a.dilation[axis] > 0, "dilation should be greater than zero, but got dilation=", at::IntArrayRef(a.dilation));
-    TORCH_CHECK(a.output_padding[axis] >= 0, "negative output_padding is not supported, but got output_padding=", at::IntArrayRef(a.output_padding));
-    TORCH_CHECK(kernel[axis] > 0, "kernel size should be greater than zero, but got kernel_height: ", kernel[0], " kernel_width: ", kernel[1]);
-    TORCH_CHECK(a.output_padding[axis] < std::max(a.stride[axis], a.dilation[axis]),
-                "output padding must be smaller than either stride or dilation, but got output_padding=", at::IntArrayRef(a.output_padding),
-                ", stride=", at::IntArrayRef(a.stride), ", dilation=", at::IntArrayRef(a.dilation));
+    TORCH_CHECK(a.stride[axis] > 0,
+                "non-positive stride is not supported, but got stride=", at::IntArrayRef(a.stride));
+    TORCH_CHECK(a.dilation[axis] > 0, "dilation should be greater than zero, but got dilation=",
+                at::IntArrayRef(a.dilation));
+    TORCH_CHECK(a.output_padding[axis] >= 0,
+                "negative output_padding is not supported, but got output_padding=",
+                at::IntArrayRef(a.output_padding));
+    TORCH_CHECK(kernel[axis] > 0,
+                "kernel size should be greater than zero, but got kernel_height: ", kernel[0],
+                " kernel_width: ", kernel[1]);
+    TORCH_CHECK(
+        a.output_padding[axis] < std::max(a.stride[axis], a.dilation[axis]),
+        "output padding must be smaller than either stride or dilation, but got output_padding=",
+        at::IntArrayRef(a.output_padding), ", stride=", at::IntArrayRef(a.stride),
+        ", dilation=", at::IntArrayRef(a.dilation));
   }
-  for (int64_t p : a.padding) TORCH_CHECK(p >= 0, "negative padding is not supported, but got padding=", at::IntArrayRef(a.padding));
+  for (int64_t p : a.padding)
+    TORCH_CHECK(p >= 0,
+                "negative padding is not supported, but got padding=", at::IntArrayRef(a.padding));
   TORCH_CHECK(a.groups > 0, "non-positive groups is not supported, but got groups=", a.groups);
 }
 
 // One axis with its output size; sizes are bounded so that index arithmetic cannot overflow.
 deconv::Axis make_axis(int axis, int64_t in, int64_t kernel, const Arguments& a) {
-  constexpr int64_t kLimit = int64_t{1} << 40;  // elements along one axis, input, output or spread kernel
+  constexpr int64_t kLimit = int64_t{1}
+                             << 40;  // elements along one axis, input, output or spread kernel
   const int64_t stride = a.stride[axis], dilation = a.dilation[axis];
   const int64_t begin = a.padding[2 * axis], end = a.padding[2 * axis + 1];
   const char* names[] = {"height", "width"};
-  TORCH_CHECK(in <= kLimit && kernel <= kLimit && begin <= kLimit && end <= kLimit && (in <= 1 || stride <= kLimit / in) &&
+  TORCH_CHECK(in <= kLimit && kernel <= kLimit && begin <= kLimit && end <= kLimit &&
+                  (in <= 1 || stride <= kLimit / in) &&
                   (kernel <= 1 || dilation <= kLimit / kernel),
-              "Storage size calculation overflowed: input ", names[axis], " ", in, ", kernel ", kernel, ", stride ", stride,
-              ", dilation ", dilation, ", padding (", begin, ", ", end, ") span more than 2^40 elements");
+              "Storage size calculation overflowed: input ", names[axis], " ", in, ", kernel ",
+              kernel, ", stride ", stride, ", dilation ", dilation, ", padding (", begin, ", ", end,
+              ") span more than 2^40 elements");
   // A single input or kernel element is never multiplied: clamp what has no effect.
   const int64_t used_stride = std::min(stride, kLimit), used_dilation = std::min(dilation, kLimit);
   const int64_t output_padding = std::min(a.output_padding[axis], kLimit);
-  const int64_t out = deconv::output_size(in, kernel, used_stride, used_dilation, begin, end, output_padding);
+  const int64_t out =
+      deconv::output_size(in, kernel, used_stride, used_dilation, begin, end, output_padding);
   return {in, out, kernel, used_stride, used_dilation, begin};
 }
 
-deconv::Problem make_problem(int64_t batch, int64_t c_in, int64_t c_out, const Pair& input_size, const Pair& kernel,
-                             const Arguments& a) {
+deconv::Problem make_problem(int64_t batch, int64_t c_in, int64_t c_out, const Pair& input_size,
+                             const Pair& kernel, const Arguments& a) {
   check_arguments(a, kernel);
-  TORCH_CHECK(input_size[0] > 0 && input_size[1] > 0,
-              "Only zero batch or zero channel inputs are supported, but got input of spatial size ", at::IntArrayRef(input_size));
-  const deconv::Problem p{batch, c_in, c_out, a.groups, make_axis(0, input_size[0], kernel[0], a), make_axis(1, input_size[1], kernel[1], a)};
+  TORCH_CHECK(
+      input_size[0] > 0 && input_size[1] > 0,
+      "Only zero batch or zero channel inputs are supported, but got input of spatial size ",
+      at::IntArrayRef(input_size));
+  const deconv::Problem p{batch,
+                          c_in,
+                          c_out,
+                          a.groups,
+                          make_axis(0, input_size[0], kernel[0], a),
+                          make_axis(1, input_size[1], kernel[1], a)};
   TORCH_CHECK(p.h.out > 0 && p.w.out > 0, "Given input size per channel: (", p.h.in, " x ", p.w.in,
-              "). Calculated output size per channel: (", p.h.out, " x ", p.w.out, "). Output size is too small");
+              "). Calculated output size per channel: (", p.h.out, " x ", p.w.out,
+              "). Output size is too small");
   return p;
 }
 
 void check_weight(const Tensor& w, int64_t groups) {
-  TORCH_CHECK(w.dim() == 4, "Expected 4-dimensional weight [in_channels, out_channels/groups, kernel_height, kernel_width], but got weight of size ", w.sizes());
+  TORCH_CHECK(w.dim() == 4,
+              "Expected 4-dimensional weight [in_channels, out_channels/groups, kernel_height, "
+              "kernel_width], but got weight of size ",
+              w.sizes());
   TORCH_CHECK(groups > 0, "non-positive groups is not supported, but got groups=", groups);
-  TORCH_CHECK(w.size(0) >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
-              " at dimension 0, but got weight of size ", w.sizes(), " instead");
-  TORCH_CHECK(w.size(0) % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
+  TORCH_CHECK(w.size(0) >= groups, "Given groups=", groups, ", expected weight to be at least ",
+              groups, " at dimension 0, but got weight of size ", w.sizes(), " instead");
+  TORCH_CHECK(w.size(0) % groups == 0, "Given groups=", groups,
+              ", expected weight to be divisible by ", groups,
               " at dimension 0, but got weight of size ", w.sizes(), " instead");
   TORCH_CHECK(w.size(1) > 0, "non-empty weight expected, but got weight of size ", w.sizes());
 }
 
 void check_same_kind(const char* name, const Tensor& t, const Tensor& input) {
-  TORCH_CHECK(t.device() == input.device(), "Expected all tensors to be on the same device, but found at least two devices: input is on ",
-              input.device(), ", ", name, " is on ", t.device());
-  TORCH_CHECK(t.scalar_type() == input.scalar_type(), "Input type (", input.scalar_type(), ") and ", name, " type (", t.scalar_type(),
-              ") should be the same");
+  TORCH_CHECK(
+      t.device() == input.device(),
+      "Expected all tensors to be on the same device, but found at least two devices: input is on ",
+      input.device(), ", ", name, " is on ", t.device());
+  TORCH_CHECK(t.scalar_type() == input.scalar_type(), "Input type (", input.scalar_type(), ") and ",
+              name, " type (", t.scalar_type(), ") should be the same");
 }
 
 void check_dim4(const char* name, const Tensor& t) {
-  TORCH_CHECK(t.dim() == 4, "Expected 4D (batched) ", name, " to conv_transpose2d, but got ", name, " of size: ", t.sizes());
+  TORCH_CHECK(t.dim() == 4, "Expected 4D (batched) ", name, " to conv_transpose2d, but got ", name,
+              " of size: ", t.sizes());
 }
 
 deconv::Dtype dtype_of(const Tensor& t) {
@@ -116,7 +147,8 @@ deconv::Dtype dtype_of(const Tensor& t) {
     case at::kLong:
       return deconv::Dtype::kInt64;
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"conv_transpose2d\" not implemented for '", t.scalar_type(), "'");
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"conv_transpose2d\" not implemented for '",
+                                  t.scalar_type(), "'");
   }
 }
 
@@ -131,7 +163,8 @@ deconv::TensorRef ref(const Tensor& t) {
 Tensor empty_like_operands(at::IntArrayRef sizes, const Tensor& a, const Tensor& b) {
   const bool channels_last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
                              b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return at::empty(sizes, a.options().memory_format(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+  return at::empty(sizes, a.options().memory_format(channels_last ? at::MemoryFormat::ChannelsLast
+                                                                  : at::MemoryFormat::Contiguous));
 }
 
 template <class Cpu, class Cuda>
@@ -143,12 +176,19 @@ void on_device(const Tensor& t, const Cpu& cpu, [[maybe_unused]] const Cuda& cud
     return cuda(c10::cuda::getCurrentCUDAStream().stream());
   }
 #endif
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "deconv_ext has no kernels for device ", t.device(), " in this build");
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "deconv_ext has no kernels for device ", t.device(),
+                              " in this build");
 }
 
-void run(Op op, const deconv::Problem& problem, const Tensor& x, const Tensor& w, const Tensor& y, const std::optional<Tensor>& bias,
-         const std::string& algo) {
-  const deconv::Params params{problem, dtype_of(y), ref(x), ref(w), ref(y), bias ? bias->data_ptr() : nullptr, bias ? bias->stride(0) : 0};
+void run(Op op, const deconv::Problem& problem, const Tensor& x, const Tensor& w, const Tensor& y,
+         const std::optional<Tensor>& bias, const std::string& algo) {
+  const deconv::Params params{problem,
+                              dtype_of(y),
+                              ref(x),
+                              ref(w),
+                              ref(y),
+                              bias ? bias->data_ptr() : nullptr,
+                              bias ? bias->stride(0) : 0};
   try {
     on_device(
         y, [&](int threads) { deconv::cpu::run(op, params, algo, threads); },
@@ -170,33 +210,41 @@ Tensor complex_bilinear(const Tensor& a, const Tensor& b, const Bilinear& real) 
   const Tensor pairs_a = at::view_as_real(a), pairs_b = at::view_as_real(b);
   const Tensor a_re = pairs_a.select(-1, 0), a_im = pairs_a.select(-1, 1);
   const Tensor b_re = pairs_b.select(-1, 0), b_im = pairs_b.select(-1, 1);
-  return at::complex(real(a_re, b_re, 0).sub_(real(a_im, b_im, -1)), real(a_re, b_im, 1).add_(real(a_im, b_re, -1)));
+  return at::complex(real(a_re, b_re, 0).sub_(real(a_im, b_im, -1)),
+                     real(a_re, b_im, 1).add_(real(a_im, b_re, -1)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // The operations.
 
-Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& input_bias, Pair stride, Crop padding,
-               Pair output_padding, Pair dilation, int64_t groups, const std::string& algo) {
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& input_bias,
+               Pair stride, Crop padding, Pair output_padding, Pair dilation, int64_t groups,
+               const std::string& algo) {
   check_dim4("input", input);
   check_weight(weight, groups);
   check_same_kind("weight", weight, input);
   const int64_t c_out = weight.size(1) * groups;
-  TORCH_CHECK(input.size(1) == weight.size(0), "Given transposed=1, weight of size ", weight.sizes(), ", expected input", input.sizes(),
-              " to have ", weight.size(0), " channels, but got ", input.size(1), " channels instead");
+  TORCH_CHECK(input.size(1) == weight.size(0), "Given transposed=1, weight of size ",
+              weight.sizes(), ", expected input", input.sizes(), " to have ", weight.size(0),
+              " channels, but got ", input.size(1), " channels instead");
   if (input_bias) {
-    TORCH_CHECK(input_bias->dim() == 1 && input_bias->size(0) == c_out, "Given transposed=1, weight of size ", weight.sizes(),
-                ", expected bias to be 1-dimensional with ", c_out, " elements, but got bias of size ", input_bias->sizes(), " instead");
+    TORCH_CHECK(input_bias->dim() == 1 && input_bias->size(0) == c_out,
+                "Given transposed=1, weight of size ", weight.sizes(),
+                ", expected bias to be 1-dimensional with ", c_out,
+                " elements, but got bias of size ", input_bias->sizes(), " instead");
     check_same_kind("bias", *input_bias, input);
   }
   const Arguments arguments{stride, padding, output_padding, dilation, groups};
-  const deconv::Problem problem = make_problem(input.size(0), input.size(1), c_out, {input.size(2), input.size(3)},
-                                               {weight.size(2), weight.size(3)}, arguments);
+  const deconv::Problem problem =
+      make_problem(input.size(0), input.size(1), c_out, {input.size(2), input.size(3)},
+                   {weight.size(2), weight.size(3)}, arguments);
   const Tensor x = plain(input), w = plain(weight);
   const std::optional<Tensor> bias = input_bias ? std::optional(plain(*input_bias)) : std::nullopt;
   if (x.is_complex()) {
     return complex_bilinear(x, w, [&](const Tensor& a, const Tensor& b, int part) {
-      const auto bias_part = bias && part >= 0 ? std::optional(at::view_as_real(*bias).select(-1, part)) : std::nullopt;
+      const auto bias_part = bias && part >= 0
+                                 ? std::optional(at::view_as_real(*bias).select(-1, part))
+                                 : std::nullopt;
       return forward(a, b, bias_part, stride, padding, output_padding, dilation, groups, algo);
     });
   }
@@ -207,18 +255,20 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
 
 void check_grad_output(const Tensor& dy, const deconv::Problem& p) {
   const std::array<int64_t, 4> expected{p.batch, p.c_out, p.h.out, p.w.out};
-  TORCH_CHECK(dy.sizes() == at::IntArrayRef(expected), "Expected grad_output of size ", at::IntArrayRef(expected), ", but got grad_output of size ",
-              dy.sizes());
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef(expected), "Expected grad_output of size ",
+              at::IntArrayRef(expected), ", but got grad_output of size ", dy.sizes());
 }
 
-Tensor grad_input(const Tensor& grad_output, const Tensor& weight, Pair input_size, Pair stride, Crop padding, Pair output_padding,
-                  Pair dilation, int64_t groups, const std::string& algo) {
+Tensor grad_input(const Tensor& grad_output, const Tensor& weight, Pair input_size, Pair stride,
+                  Crop padding, Pair output_padding, Pair dilation, int64_t groups,
+                  const std::string& algo) {
   check_dim4("grad_output", grad_output);
   check_weight(weight, groups);
   check_same_kind("weight", weight, grad_output);
   const Arguments arguments{stride, padding, output_padding, dilation, groups};
-  const deconv::Problem problem = make_problem(grad_output.size(0), weight.size(0), weight.size(1) * groups, input_size,
-                                               {weight.size(2), weight.size(3)}, arguments);
+  const deconv::Problem problem =
+      make_problem(grad_output.size(0), weight.size(0), weight.size(1) * groups, input_size,
+                   {weight.size(2), weight.size(3)}, arguments);
   check_grad_output(grad_output, problem);
   const Tensor dy = plain(grad_output), w = plain(weight);
   if (dy.is_complex()) {
@@ -226,29 +276,35 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& weight, Pair input_si
       return grad_input(a, b, input_size, stride, padding, output_padding, dilation, groups, algo);
     });
   }
-  const Tensor dx = empty_like_operands({problem.batch, problem.c_in, problem.h.in, problem.w.in}, dy, w);
+  const Tensor dx =
+      empty_like_operands({problem.batch, problem.c_in, problem.h.in, problem.w.in}, dy, w);
   if (dx.numel() > 0) run(Op::kGradInput, problem, dx, w, dy, std::nullopt, algo);
   return dx;
 }
 
-Tensor grad_weight(const Tensor& input, const Tensor& grad_output, Pair kernel_size, Pair stride, Crop padding, Pair output_padding,
-                   Pair dilation, int64_t groups, const std::string& algo) {
+Tensor grad_weight(const Tensor& input, const Tensor& grad_output, Pair kernel_size, Pair stride,
+                   Crop padding, Pair output_padding, Pair dilation, int64_t groups,
+                   const std::string& algo) {
   check_dim4("input", input);
   check_dim4("grad_output", grad_output);
   check_same_kind("grad_output", grad_output, input);
   const Arguments arguments{stride, padding, output_padding, dilation, groups};
-  const deconv::Problem problem = make_problem(input.size(0), input.size(1), grad_output.size(1),
-                                               {input.size(2), input.size(3)}, kernel_size, arguments);
+  const deconv::Problem problem =
+      make_problem(input.size(0), input.size(1), grad_output.size(1),
+                   {input.size(2), input.size(3)}, kernel_size, arguments);
   TORCH_CHECK(problem.c_in % groups == 0 && problem.c_out % groups == 0, "Given groups=", groups,
-              ", expected the channels of input and grad_output to be divisible by it, but got ", problem.c_in, " and ", problem.c_out);
+              ", expected the channels of input and grad_output to be divisible by it, but got ",
+              problem.c_in, " and ", problem.c_out);
   check_grad_output(grad_output, problem);
   const Tensor x = plain(input), dy = plain(grad_output);
   if (x.is_complex()) {
     return complex_bilinear(x, dy, [&](const Tensor& a, const Tensor& b, int) {
-      return grad_weight(a, b, kernel_size, stride, padding, output_padding, dilation, groups, algo);
+      return grad_weight(a, b, kernel_size, stride, padding, output_padding, dilation, groups,
+                         algo);
     });
   }
-  const Tensor dw = empty_like_operands({problem.c_in, problem.c_out / groups, kernel_size[0], kernel_size[1]}, x, dy);
+  const Tensor dw = empty_like_operands(
+      {problem.c_in, problem.c_out / groups, kernel_size[0], kernel_size[1]}, x, dy);
   if (problem.batch == 0) return dw.zero_();
   if (dw.numel() > 0) run(Op::kGradWeight, problem, x, dw, dy, std::nullopt, algo);
   return dw;
@@ -262,8 +318,10 @@ Tensor grad_bias(const Tensor& grad_output) {
     return at::complex(grad_bias(pairs.select(-1, 0)), grad_bias(pairs.select(-1, 1)));
   }
   if (dy.numel() == 0) return at::zeros({dy.size(1)}, dy.options());
-  const Tensor db = at::empty({dy.size(1)}, dy.options().memory_format(at::MemoryFormat::Contiguous));
-  const deconv::GradBiasParams params{dy.size(0), dy.size(1), dy.size(2), dy.size(3), dtype_of(dy), ref(dy), db.data_ptr()};
+  const Tensor db =
+      at::empty({dy.size(1)}, dy.options().memory_format(at::MemoryFormat::Contiguous));
+  const deconv::GradBiasParams params{dy.size(0),   dy.size(1), dy.size(2),   dy.size(3),
+                                      dtype_of(dy), ref(dy),    db.data_ptr()};
   on_device(
       dy, [&](int threads) { deconv::cpu::grad_bias(params, threads); },
       [&]([[maybe_unused]] void* stream) {
@@ -277,18 +335,23 @@ Tensor grad_bias(const Tensor& grad_output) {
 // ---------------------------------------------------------------------------------------------------------------------------
 // What tests and tools ask.
 
-Pair output_size(Pair input_size, Pair kernel, Pair stride, Crop padding, Pair output_padding, Pair dilation) {
-  const deconv::Problem p = make_problem(1, 1, 1, input_size, kernel, {stride, padding, output_padding, dilation, 1});
+Pair output_size(Pair input_size, Pair kernel, Pair stride, Crop padding, Pair output_padding,
+                 Pair dilation) {
+  const deconv::Problem p =
+      make_problem(1, 1, 1, input_size, kernel, {stride, padding, output_padding, dilation, 1});
   return {p.h.out, p.w.out};
 }
 
-py::dict tap_table(int64_t in, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad_begin, int64_t pad_end, int64_t output_padding) {
-  const int64_t out = deconv::output_size(in, kernel, stride, dilation, pad_begin, pad_end, output_padding);
+py::dict tap_table(int64_t in, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad_begin,
+                   int64_t pad_end, int64_t output_padding) {
+  const int64_t out =
+      deconv::output_size(in, kernel, stride, dilation, pad_begin, pad_end, output_padding);
   const deconv::Axis axis{in, out, kernel, stride, dilation, pad_begin};
   py::list phases;
   for (int64_t r = 0; r < stride; ++r) {
     py::list taps;
-    for (const deconv::Tap& tap : deconv::phase_taps(axis, r)) taps.append(py::make_tuple(tap.k, tap.offset));
+    for (const deconv::Tap& tap : deconv::phase_taps(axis, r))
+      taps.append(py::make_tuple(tap.k, tap.offset));
     phases.append(taps);
   }
   py::dict table;
@@ -301,7 +364,8 @@ Op op_named(const std::string& name) {
   if (name == "forward") return Op::kForward;
   if (name == "grad_input") return Op::kGradInput;
   if (name == "grad_weight") return Op::kGradWeight;
-  throw py::value_error("op must be 'forward', 'grad_input' or 'grad_weight', but got '" + name + "'");
+  throw py::value_error("op must be 'forward', 'grad_input' or 'grad_weight', but got '" + name +
+                        "'");
 }
 
 std::vector<std::string> list_algorithms(const std::string& op, const std::string& device) {
@@ -349,14 +413,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> nogil;
   m.doc() = "Kernels of deconv_ext; use deconv_ext.functional instead of calling these directly.";
-  m.def("forward", &forward, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
-  m.def("grad_input", &grad_input, "dy"_a, "w"_a, "input_size"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a, "groups"_a,
-        "algo"_a = "auto", nogil);
-  m.def("grad_weight", &grad_weight, "x"_a, "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a, "groups"_a,
-        "algo"_a = "auto", nogil);
+  m.def("forward", &forward, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a,
+        "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
+  m.def("grad_input", &grad_input, "dy"_a, "w"_a, "input_size"_a, "stride"_a, "padding"_a,
+        "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
+  m.def("grad_weight", &grad_weight, "x"_a, "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
   m.def("grad_bias", &grad_bias, "dy"_a, nogil);
-  m.def("output_size", &output_size, "input_size"_a, "kernel_size"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a);
-  m.def("tap_table", &tap_table, "size_in"_a, "kernel"_a, "stride"_a, "dilation"_a, "pad_begin"_a, "pad_end"_a, "output_padding"_a);
+  m.def("output_size", &output_size, "input_size"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "output_padding"_a, "dilation"_a);
+  m.def("tap_table", &tap_table, "size_in"_a, "kernel"_a, "stride"_a, "dilation"_a, "pad_begin"_a,
+        "pad_end"_a, "output_padding"_a);
   m.def("list_algorithms", &list_algorithms, "op"_a, "device"_a = "cpu");
   m.def("cpu_isas", &deconv::cpu::isas);
   m.def("cpu_isa", &deconv::cpu::isa);

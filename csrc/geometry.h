@@ -5,10 +5,11 @@
 //     o = i * stride + k * dilation - pad                  (scatter form: the definition)
 //     i = (o + pad - k * dilation) / stride, if exact      (gather form: what the kernels use)
 //
-// Outputs with the same r = o mod stride form a *phase*: o = j * stride + r. Which k reach a phase does not depend on j, and the
-// input they read is i = j + offset with offset = (r + pad - k * dilation) / stride. So a phase is an ordinary stride-1
-// convolution, and its list of (k, offset) is all that a kernel has to know. With g = gcd(stride, dilation) a phase has taps
-// only if g divides r + pad; the other phases receive the bias alone.
+// Outputs with the same r = o mod stride form a *phase*: o = j * stride + r. Which k reach a phase
+// does not depend on j, and the input they read is i = j + offset with offset = (r + pad - k *
+// dilation) / stride. So a phase is an ordinary stride-1 convolution, and its list of (k, offset)
+// is all that a kernel has to know. With g = gcd(stride, dilation) a phase has taps only if g
+// divides r + pad; the other phases receive the bias alone.
 //
 // Coordinates: i input, o output, k kernel, j position (pixel of a phase), r phase.
 #pragma once
@@ -25,12 +26,14 @@
 
 namespace deconv {
 
-// One spatial axis of a problem. `pad` is cropped at the start; what is cropped at the end is implied by `out`.
+// One spatial axis of a problem. `pad` is cropped at the start; what is cropped at the end is
+// implied by `out`.
 struct Axis {
   int64_t in, out, kernel, stride, dilation, pad;
 };
 
-// y [batch, c_out, h.out, w.out] = deconv(x [batch, c_in, h.in, w.in], w [c_in, c_out / groups, h.kernel, w.kernel])
+// y [batch, c_out, h.out, w.out] = deconv(x [batch, c_in, h.in, w.in], w [c_in, c_out / groups,
+// h.kernel, w.kernel])
 struct Problem {
   int64_t batch, c_in, c_out, groups;
   Axis h, w;
@@ -56,7 +59,9 @@ DECONV_HOST_DEVICE inline int64_t output_index(const Axis& axis, int64_t i, int6
   return o >= 0 && o < axis.out ? o : -1;
 }
 
-inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+inline int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 // One term of a gather: source index = j * source step + offset, weighted by kernel element k.
@@ -82,13 +87,15 @@ inline std::vector<Tap> phase_taps(const Axis& axis, int64_t phase) {
 // ---------------------------------------------------------------------------------------------------------------------------
 // Tap tables. `forward` and `grad_input` are the same gather with different tables:
 //
-//     target[j * target_step + r] = sum over the taps of phase r of source[j * source_step + offset] * weight[k]
+//     target[j * target_step + r] = sum over the taps of phase r of source[j * source_step +
+//     offset] * weight[k]
 //
-//     forward:     source x,  target y,  source_step 1,       target_step stride,  one table a phase
-//     grad_input:  source dy, target dx, source_step stride,  target_step 1,       one phase with every k, offset k*dilation-pad
+//     forward:     source x,  target y,  source_step 1,       target_step stride,  one table a
+//     phase grad_input:  source dy, target dx, source_step stride,  target_step 1,       one phase
+//     with every k, offset k*dilation-pad
 
-// Neighbouring phases that share one list of source offsets. A phase that lacks the tap of an offset has k = -1 there: a zero in
-// the packed weights.
+// Neighbouring phases that share one list of source offsets. A phase that lacks the tap of an
+// offset has k = -1 there: a zero in the packed weights.
 struct PhaseClass {
   int64_t first_phase;           // r of the first phase; negative where the coordinates are shifted
   int64_t phases;                // how many
@@ -98,11 +105,12 @@ struct PhaseClass {
 
 struct AxisTaps {
   int64_t source, target, source_step, target_step;
-  int64_t positions;                // j runs over [0, positions); targets outside [0, target) are not stored
+  int64_t positions;  // j runs over [0, positions); targets outside [0, target) are not stored
   std::vector<PhaseClass> classes;  // together they hold every phase once, in ascending order
 };
 
-inline PhaseClass make_phase_class(int64_t first_phase, const std::vector<std::vector<Tap>>& phases) {
+inline PhaseClass make_phase_class(int64_t first_phase,
+                                   const std::vector<std::vector<Tap>>& phases) {
   PhaseClass c{first_phase, static_cast<int64_t>(phases.size()), {}, {}};
   for (const auto& taps : phases)
     for (const Tap& tap : taps) c.offsets.push_back(tap.offset);
@@ -112,14 +120,16 @@ inline PhaseClass make_phase_class(int64_t first_phase, const std::vector<std::v
   c.k.assign(phases.size() * width, -1);
   for (size_t phase = 0; phase < phases.size(); ++phase)
     for (const Tap& tap : phases[phase]) {
-      const auto at = std::lower_bound(c.offsets.begin(), c.offsets.end(), tap.offset) - c.offsets.begin();
+      const auto at =
+          std::lower_bound(c.offsets.begin(), c.offsets.end(), tap.offset) - c.offsets.begin();
       c.k[phase * width + static_cast<size_t>(at)] = tap.k;
     }
   return c;
 }
 
-// forward. `merged` puts all phases into one class, in coordinates shifted by pad mod stride, where without dilation they share
-// ceil(kernel / stride) offsets; otherwise every phase is a class of its own with exactly its taps.
+// forward. `merged` puts all phases into one class, in coordinates shifted by pad mod stride, where
+// without dilation they share ceil(kernel / stride) offsets; otherwise every phase is a class of
+// its own with exactly its taps.
 inline AxisTaps forward_taps(const Axis& axis, bool merged) {
   AxisTaps table{axis.in, axis.out, 1, axis.stride, 0, {}};
   const int64_t shift = merged ? axis.pad % axis.stride : 0;
@@ -130,7 +140,8 @@ inline AxisTaps forward_taps(const Axis& axis, bool merged) {
   if (merged) {
     table.classes.push_back(make_phase_class(-shift, lists));
   } else {
-    for (int64_t r = 0; r < phases; ++r) table.classes.push_back(make_phase_class(r, {lists[static_cast<size_t>(r)]}));
+    for (int64_t r = 0; r < phases; ++r)
+      table.classes.push_back(make_phase_class(r, {lists[static_cast<size_t>(r)]}));
   }
   return table;
 }

@@ -1,16 +1,17 @@
-// One way to run independent tasks on threads. Results never depend on the number of threads: a task writes what no other writes,
-// and sums over tasks are taken by the caller in a fixed order.
+// One way to run independent tasks on threads. Results never depend on the number of threads: a
+// task writes what no other writes, and sums over tasks are taken by the caller in a fixed order.
 #pragma once
+
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <exception>
 
-#include <omp.h>
-
 namespace deconv {
 
-// Calls task(i) for i in [0, tasks); dynamic, since tasks differ in cost and cores in speed. The first exception is rethrown.
+// Calls task(i) for i in [0, tasks); dynamic, since tasks differ in cost and cores in speed. The
+// first exception is rethrown.
 template <class Task>
 void parallel_for(int64_t tasks, int threads, const Task& task) {
   const int team = static_cast<int>(std::min<int64_t>(tasks, threads));

@@ -1,6 +1,7 @@
 // What a kernel is given: the problem, three operands with their strides, and nothing of torch.
 //
-// The three operations are the three gradients of one trilinear form <dy, deconv(x, w)>, so they share one struct:
+// The three operations are the three gradients of one trilinear form <dy, deconv(x, w)>, so they
+// share one struct:
 //
 //     forward      reads x, w (and bias)   writes y
 //     grad_input   reads y = dy, w         writes x = dx
@@ -15,7 +16,8 @@ enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64 };
 
 enum class Op { kForward, kGradInput, kGradWeight };
 
-// Any strided tensor of four axes; strides in elements. x, y: [n, c, h, w]; w: [c_in, c_out / groups, kernel_h, kernel_w].
+// Any strided tensor of four axes; strides in elements. x, y: [n, c, h, w]; w: [c_in, c_out /
+// groups, kernel_h, kernel_w].
 struct TensorRef {
   void* data;
   int64_t stride[4];

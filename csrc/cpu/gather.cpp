@@ -7,11 +7,12 @@ namespace deconv {
 namespace cpu {
 namespace {
 
-// Each thread's working set: packed pixels and sums stay in its L2 cache (1 MB on today's server cores) beside the weights that
-// stream through.
+// Each thread's working set: packed pixels and sums stay in its L2 cache (1 MB on today's server
+// cores) beside the weights that stream through.
 constexpr int64_t kPanelBytes = 256 << 10;
 constexpr int64_t kSumBytes = 256 << 10;
-// Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds above.
+// Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds
+// above.
 constexpr int64_t kBlockPixels = 96;
 constexpr int64_t kMaxBlockPixels = 384;
 // Channels packed at a time, if there are as many: long runs, even if fewer offsets fit then.
@@ -23,7 +24,8 @@ int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multi
 
 std::vector<int64_t> union_of_offsets(const AxisTaps& axis) {
   std::vector<int64_t> all;
-  for (const PhaseClass& c : axis.classes) all.insert(all.end(), c.offsets.begin(), c.offsets.end());
+  for (const PhaseClass& c : axis.classes)
+    all.insert(all.end(), c.offsets.begin(), c.offsets.end());
   std::sort(all.begin(), all.end());
   all.erase(std::unique(all.begin(), all.end()), all.end());
   return all;
@@ -60,7 +62,8 @@ GatherPlan make_gather(Op op, const Params& params, bool merged_h, bool merged_w
     plan.h = grad_input_taps(p.h);
     plan.w = grad_input_taps(p.w);
   }
-  if (plan.channels * plan.groups == 1) plan.source.stride[1] = 1;  // never used; says that channels are contiguous
+  if (plan.channels * plan.groups == 1)
+    plan.source.stride[1] = 1;  // never used; says that channels are contiguous
   plan.offsets_h = union_of_offsets(plan.h);
   plan.offsets_w = union_of_offsets(plan.w);
   for (int64_t h : plan.offsets_h)
@@ -73,17 +76,28 @@ void pair_classes(GatherPlan& plan) {
   for (size_t ih = 0; ih < plan.h.classes.size(); ++ih)
     for (size_t iw = 0; iw < plan.w.classes.size(); ++iw) {
       const PhaseClass &h = plan.h.classes[ih], &w = plan.w.classes[iw];
-      GatherClass c{static_cast<int64_t>(ih), static_cast<int64_t>(iw), static_cast<int64_t>(h.offsets.size() * w.offsets.size()), {}, 0, 0, 0};
+      GatherClass c{static_cast<int64_t>(ih),
+                    static_cast<int64_t>(iw),
+                    static_cast<int64_t>(h.offsets.size() * w.offsets.size()),
+                    {},
+                    0,
+                    0,
+                    0};
       for (int64_t oh : h.offsets)
         for (int64_t ow : w.offsets)
-          c.offset_at.push_back(index_of(plan.offsets_h, oh) * static_cast<int64_t>(plan.offsets_w.size()) + index_of(plan.offsets_w, ow));
+          c.offset_at.push_back(index_of(plan.offsets_h, oh) *
+                                    static_cast<int64_t>(plan.offsets_w.size()) +
+                                index_of(plan.offsets_w, ow));
       c.padded_rows = round_up(plan.row_chunk * h.phases * w.phases, plan.row_width);
       c.first_row = plan.padded_rows;
       c.first_weight = plan.weights_per_channel;
       plan.padded_rows += c.padded_rows;
       plan.weights_per_channel += c.padded_rows * c.taps;
-      const auto lacks_taps = [](const PhaseClass& axis) { return std::find(axis.k.begin(), axis.k.end(), -1) != axis.k.end(); };
-      plan.padded_weights |= c.padded_rows != plan.row_chunk * h.phases * w.phases || lacks_taps(h) || lacks_taps(w);
+      const auto lacks_taps = [](const PhaseClass& axis) {
+        return std::find(axis.k.begin(), axis.k.end(), -1) != axis.k.end();
+      };
+      plan.padded_weights |=
+          c.padded_rows != plan.row_chunk * h.phases * w.phases || lacks_taps(h) || lacks_taps(w);
       plan.classes.push_back(c);
     }
 }
@@ -94,7 +108,8 @@ double valid_fraction(const AxisTaps& axis) {
   for (const PhaseClass& c : axis.classes)
     for (int64_t offset : c.offsets) {
       const int64_t first = std::max<int64_t>(0, ceil_div(-offset, axis.source_step));
-      const int64_t last = std::min(axis.positions - 1, floor_div(axis.source - 1 - offset, axis.source_step));
+      const int64_t last =
+          std::min(axis.positions - 1, floor_div(axis.source - 1 - offset, axis.source_step));
       valid += std::max<int64_t>(0, last - first + 1);
       listed += axis.positions;
     }
@@ -107,13 +122,17 @@ struct Layout {
   double cycles;  // for one image and group
 };
 
-// A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous piece; far elements lie in lines of their own.
+// A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
+// piece; far elements lie in lines of their own.
 constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4;
 
 // `images` = 0 leaves out what a partly filled tile of pixels wastes.
-Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes, int64_t images) {
-  const double positions = static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
-  const double channels = static_cast<double>(plan.channels), offsets = static_cast<double>(plan.offsets());
+Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
+                   int64_t images) {
+  const double positions =
+      static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
+  const double channels = static_cast<double>(plan.channels),
+               offsets = static_cast<double>(plan.offsets());
   const bool by_phase = plan.target.stride[1] == 1 && plan.rows > 1;
   Layout best{false, by_phase, 0, std::numeric_limits<double>::max()};
   for (int across = 0; across < 2; ++across)
@@ -128,23 +147,38 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         for (const PhaseClass& w : plan.w.classes) {
           const int64_t rows = plan.rows * h.phases * w.phases;
           multiply += channels * static_cast<double>(h.offsets.size() * w.offsets.size()) *
-                      static_cast<double>(ceil_div(rows, row_width)) * step / static_cast<double>(pixel_width);
+                      static_cast<double>(ceil_div(rows, row_width)) * step /
+                      static_cast<double>(pixel_width);
           outputs += static_cast<double>(rows);
           contiguous = static_cast<double>(by_phase ? plan.rows : w.phases);
         }
       if (images > 0) {
         const auto pixels = static_cast<double>(images) * positions;
-        multiply *= static_cast<double>(ceil_div(static_cast<int64_t>(pixels), pixel_width) * pixel_width) / pixels;
+        multiply *=
+            static_cast<double>(ceil_div(static_cast<int64_t>(pixels), pixel_width) * pixel_width) /
+            pixels;
       }
       double pack, store;
       if (rows_across) {
         // Tiles within a row of the source need no packing.
-        const double crossing = plan.w.positions < pixel_width ? 1 : 1 - static_cast<double>(plan.w.positions / pixel_width * pixel_width) / plan.w.positions;
-        pack = offsets * (plan.source.stride[1] == 1 ? crossing * (kRun + channels * kVectorCopied / lanes) : channels * kFarElement);
-        store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1 ? kRun / contiguous + kVectorStored / lanes : kElement);
+        const double crossing =
+            plan.w.positions < pixel_width
+                ? 1
+                : 1 - static_cast<double>(plan.w.positions / pixel_width * pixel_width) /
+                          plan.w.positions;
+        pack = offsets * (plan.source.stride[1] == 1
+                              ? crossing * (kRun + channels * kVectorCopied / lanes)
+                              : channels * kFarElement);
+        store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1
+                               ? kRun / contiguous + kVectorStored / lanes
+                               : kElement);
       } else {
         const int64_t step = plan.source.stride[3] * plan.w.source_step;
-        pack = offsets * channels * (step == 1 ? kVectorCopied / lanes : step == 2 ? 2 * kVectorCopied / lanes : step < 16 ? kElement : kFarElement);
+        pack = offsets * channels *
+               (step == 1   ? kVectorCopied / lanes
+                : step == 2 ? 2 * kVectorCopied / lanes
+                : step < 16 ? kElement
+                            : kFarElement);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
       }
       const double cycles = positions * (multiply + pack + store);
@@ -153,16 +187,20 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
   return best;
 }
 
-// Sizes of blocks. What decides the order of summation (channel_block, offset_block) depends on one image's geometry alone, so that a
-// sample's result does not depend on its batch, on the number of threads or on the tile.
+// Sizes of blocks. What decides the order of summation (channel_block, offset_block) depends on one
+// image's geometry alone, so that a sample's result does not depend on its batch, on the number of
+// threads or on the tile.
 void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
-  const int64_t panel_elements = kPanelBytes / element_bytes, sum_elements = kSumBytes / element_bytes;
+  const int64_t panel_elements = kPanelBytes / element_bytes,
+                sum_elements = kSumBytes / element_bytes;
   const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
   const int64_t most = std::max(kLeastChannels, panel_elements / (offsets * kBlockPixels));
   plan.channel_block = ceil_div(plan.channels, ceil_div(plan.channels, most));
-  plan.offset_block = std::min(offsets, std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
+  plan.offset_block =
+      std::min(offsets, std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
   const int64_t offset_row = std::max<int64_t>(1, static_cast<int64_t>(plan.offsets_w.size()));
-  if (plan.offset_block > offset_row) plan.offset_block = plan.offset_block / offset_row * offset_row;
+  if (plan.offset_block > offset_row)
+    plan.offset_block = plan.offset_block / offset_row * offset_row;
 
   if (plan.batch_innermost) {
     plan.pixel_runs = plan.h.positions * plan.w.positions;
@@ -179,17 +217,22 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   // A block as large as panel and sums allow, but small enough that every thread has a few of them.
   const int64_t tasks = 4 * threads;
   const int64_t least_rows = std::max(phases, std::min(phases * plan.rows, kLeastRows));
-  const int64_t share = std::max(kBlockPixels, ceil_div(plan.tiles() * plan.pixel_width * plan.groups, tasks));
+  const int64_t share =
+      std::max(kBlockPixels, ceil_div(plan.tiles() * plan.pixel_width * plan.groups, tasks));
   const int64_t block_pixels =
-      std::min({kMaxBlockPixels, share, panel_elements / (plan.channel_block * plan.offset_block), sum_elements / least_rows});
+      std::min({kMaxBlockPixels, share, panel_elements / (plan.channel_block * plan.offset_block),
+                sum_elements / least_rows});
   plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles()));
 
-  // Chunks of rows end with whole tiles where they can; few blocks of pixels: spread the rows over the threads too.
+  // Chunks of rows end with whole tiles where they can; few blocks of pixels: spread the rows over
+  // the threads too.
   const PhaseClass &h = plan.h.classes.front(), &w = plan.w.classes.front();
   const int64_t unit = plan.row_width / std::gcd(plan.row_width, h.phases * w.phases);
   const int64_t blocks = ceil_div(plan.tiles(), plan.block_tiles) * plan.groups;
-  const int64_t rows_at_once = std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
-  const int64_t finest = std::max<int64_t>(1, plan.rows * phases / (4 * plan.row_width));  // about four tiles of rows a chunk
+  const int64_t rows_at_once =
+      std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
+  const int64_t finest = std::max<int64_t>(
+      1, plan.rows * phases / (4 * plan.row_width));  // about four tiles of rows a chunk
   const int64_t spread = blocks < tasks ? std::min(ceil_div(tasks, blocks), finest) : 1;
   plan.row_chunk = ceil_div(plan.rows, std::max(ceil_div(plan.rows, rows_at_once), spread));
   plan.row_chunk = std::min(plan.rows, round_up(plan.row_chunk, unit));
@@ -199,19 +242,23 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
 
 }  // namespace
 
-GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count, int lanes, int element_bytes, int threads) {
-  // Merging the phases of an axis packs fewer copies of the pixels and fills tiles with few rows, at the price of zeros where phases have
-  // unequal taps. Decide by the model, without regard to the batch.
+GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                       int lanes, int element_bytes, int threads) {
+  // Merging the phases of an axis packs fewer copies of the pixels and fills tiles with few rows,
+  // at the price of zeros where phases have unequal taps. Decide by the model, without regard to
+  // the batch.
   constexpr int64_t kMaxMergedPhases = 64;
   const auto may_merge = [&](const Axis& axis) {
-    return op == Op::kForward && axis.stride > 1 && axis.stride <= std::min(axis.out, kMaxMergedPhases);
+    return op == Op::kForward && axis.stride > 1 &&
+           axis.stride <= std::min(axis.out, kMaxMergedPhases);
   };
   bool merged_h = false, merged_w = false;
   double least = std::numeric_limits<double>::max();
   for (int option = 0; option < 4; ++option) {
     const bool h = option & 1, w = option & 2;
     if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
-    const double cycles = best_layout(make_gather(op, params, h, w), tiles, tile_count, lanes, 0).cycles;
+    const double cycles =
+        best_layout(make_gather(op, params, h, w), tiles, tile_count, lanes, 0).cycles;
     if (cycles < least) {
       least = cycles;
       merged_h = h;
@@ -225,8 +272,10 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.tile = layout.tile;
   plan.pixel_width = layout.rows_across ? tiles[layout.tile].rows : tiles[layout.tile].lanes;
   plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
-  // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the strided access.
-  plan.batch_innermost = plan.batch >= lanes && valid_fraction(plan.h) * valid_fraction(plan.w) < 0.85;
+  // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the
+  // strided access.
+  plan.batch_innermost =
+      plan.batch >= lanes && valid_fraction(plan.h) * valid_fraction(plan.w) < 0.85;
   choose_blocks(plan, element_bytes, threads);
   pair_classes(plan);
   return plan;

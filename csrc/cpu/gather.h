@@ -1,14 +1,18 @@
-// forward and grad_input as one gather, and the plan by which the matrix kernel (gather_gemm.h) computes it.
+// forward and grad_input as one gather, and the plan by which the matrix kernel (gather_gemm.h)
+// computes it.
 //
-//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of phase r of
-//                                           source[n, c, j * source_step + offset] * weight[c, row, k]
+//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of
+//     phase r of
+//                                           source[n, c, j * source_step + offset] * weight[c, row,
+//                                           k]
 //
 //                   source   target   channels              rows
 //     forward       x        y        c_in / groups         c_out / groups
 //     grad_input    dy       dx       c_out / groups        c_in / groups
 //
-// As a matrix product: positions j of all images ("pixels") times (row, phase), summed over (channel, tap). Planning is plain C++, compiled
-// once for all instruction sets; it knows a tile only by its shape.
+// As a matrix product: positions j of all images ("pixels") times (row, phase), summed over
+// (channel, tap). Planning is plain C++, compiled once for all instruction sets; it knows a tile
+// only by its shape.
 #pragma once
 
 #include <vector>
@@ -37,8 +41,8 @@ struct TileShape {
   int rows, lanes;  // broadcast side, vector side
 };
 
-// A model of one step of a register tile: two multiply-adds and two loads a cycle, and a little for every vector of the panel, which
-// comes from L2.
+// A model of one step of a register tile: two multiply-adds and two loads a cycle, and a little for
+// every vector of the panel, which comes from L2.
 inline double cycles_per_step(int rows, int vectors) {
   return std::max(rows * vectors, rows + vectors) / 2.0 + vectors / 4.0;
 }
@@ -51,32 +55,50 @@ struct GatherPlan {
   WeightRef weight;
   AxisTaps h, w;
 
-  // Every source offset that some class uses: the panel of packed pixels holds one shifted copy for each.
+  // Every source offset that some class uses: the panel of packed pixels holds one shifted copy for
+  // each.
   std::vector<int64_t> offsets_h, offsets_w;
-  std::vector<int64_t> source_at;  // [offsets_h][offsets_w] elements from a pixel to the source at that offset
+  std::vector<int64_t>
+      source_at;  // [offsets_h][offsets_w] elements from a pixel to the source at that offset
   std::vector<GatherClass> classes;
-  int64_t padded_rows;         // of all classes of a chunk
+  int64_t padded_rows;          // of all classes of a chunk
   int64_t weights_per_channel;  // packed elements of a chunk
   bool padded_weights;          // some of them stand for rows or taps that do not exist
 
   bool rows_across;      // vector lanes are rows (channels_last, large strides) instead of pixels
-  bool rows_by_phase;    // rows of a class in the order (phase, row) instead of (row, phase): what lies contiguous in the target
-  bool batch_innermost;  // pixels in the order (position, image), so that a tile has one position and skips its invalid taps
+  bool rows_by_phase;    // rows of a class in the order (phase, row) instead of (row, phase): what
+                         // lies contiguous in the target
+  bool batch_innermost;  // pixels in the order (position, image), so that a tile has one position
+                         // and skips its invalid taps
   int tile;              // index of the register tile
-  int64_t pixel_width, row_width;                  // tile size in pixels and in rows
-  int64_t pixel_runs, run_length, tiles_per_run;   // pixels are numbered run by run; tiles do not cross runs
-  int64_t block_tiles;                             // pixel tiles that one task holds
-  int64_t row_chunk, row_chunks;                   // rows (before phases) summed at a time
-  int64_t channel_block, offset_block;             // K is cut into blocks of channels x offsets
+  int64_t pixel_width, row_width;  // tile size in pixels and in rows
+  int64_t pixel_runs, run_length,
+      tiles_per_run;                    // pixels are numbered run by run; tiles do not cross runs
+  int64_t block_tiles;                  // pixel tiles that one task holds
+  int64_t row_chunk, row_chunks;        // rows (before phases) summed at a time
+  int64_t channel_block, offset_block;  // K is cut into blocks of channels x offsets
   int64_t chunks_per_task;
 
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
   int64_t tiles() const { return pixel_runs * tiles_per_run; }
+  // Where (row, phase) stands among the `rows` rows of its class.
+  int64_t row_of(const PhaseClass& class_h, const PhaseClass& class_w, int64_t rows, int64_t row,
+                 int64_t rh, int64_t rw) const {
+    return rows_by_phase ? (rh * class_w.phases + rw) * rows + row
+                         : (row * class_h.phases + rh) * class_w.phases + rw;
+  }
+  // Sums of a block: [padded row][pixel], or with rows_across [pixel][padded row].
+  int64_t sum_pitch() const { return rows_across ? padded_rows : block_tiles * pixel_width; }
+  int64_t sum_at(int64_t row, int64_t pixel) const {
+    return rows_across ? pixel * sum_pitch() + row : row * sum_pitch() + pixel;
+  }
   int64_t weight_elements() const { return groups * row_chunks * channels * weights_per_channel; }
 };
 
-// `element_bytes` is the size of the type that sums are kept in, `tiles` the register tiles of the ISA, `lanes` its vector length.
-GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count, int lanes, int element_bytes, int threads);
+// `element_bytes` is the size of the type that sums are kept in, `tiles` the register tiles of the
+// ISA, `lanes` its vector length.
+GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                       int lanes, int element_bytes, int threads);
 
 }  // namespace cpu
 }  // namespace deconv

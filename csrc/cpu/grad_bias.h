@@ -1,4 +1,5 @@
-// db[c] = sum of dy[n, c, h, w] over n, h, w. Lines are summed in vectors, the sums of lines in float64 and in a fixed order.
+// db[c] = sum of dy[n, c, h, w] over n, h, w. Lines are summed in vectors, the sums of lines in
+// float64 and in a fixed order.
 #pragma once
 
 #include "../parallel.h"
@@ -44,16 +45,19 @@ void grad_bias(const GradBiasParams& p, int threads) {
   const BiasSum<S> kernel{p};
   const int64_t lines = p.batch * p.out_h, parts = (p.c_out + kN - 1) / kN;
   const int64_t splits = min_of(lines, (kTasks + parts - 1) / parts);
-  double* totals = static_cast<double*>(call_scratch(parts * splits * kN * sizeof(double)));  // [part][split][channel]
+  double* totals = static_cast<double*>(
+      call_scratch(parts * splits * kN * sizeof(double)));  // [part][split][channel]
   parallel_for(parts * splits, threads, [&](int64_t task) {
     double* total = totals + task * kN;
     for (int64_t i = 0; i < kN; ++i) total[i] = 0;
     const int64_t c = task / splits * kN, split = task % splits;
-    for (int64_t line = lines * split / splits; line < lines * (split + 1) / splits; ++line) kernel.add_line(c, min_of(kN, p.c_out - c), line, total);
+    for (int64_t line = lines * split / splits; line < lines * (split + 1) / splits; ++line)
+      kernel.add_line(c, min_of(kN, p.c_out - c), line, total);
   });
   for (int64_t c = 0; c < p.c_out; ++c) {
     double total = 0;
-    for (int64_t split = 0; split < splits; ++split) total += totals[(c / kN * splits + split) * kN + c % kN];
+    for (int64_t split = 0; split < splits; ++split)
+      total += totals[(c / kN * splits + split) * kN + c % kN];
     static_cast<S*>(p.db)[c] = convert<S>(total);
   }
 }

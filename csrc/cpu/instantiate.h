@@ -30,14 +30,24 @@ void with_storage(Dtype dtype, const F& f) {
 }
 
 inline Kernels table(const char* isa, bool (*supported)()) {
-  return {isa, supported,
-          [](Op op, const Params& params, int threads) {
-            with_storage(params.dtype, [&](auto s) { gather_gemm<decltype(s)>(op, params, threads); });
-          },
-          [](const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { weight_gemm<decltype(s)>(params, threads); }); },
-          [](Op op, const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { direct<decltype(s)>(op, params, threads); }); },
-          [](Op op, const Params& params, int threads) { with_storage(params.dtype, [&](auto s) { depthwise<decltype(s)>(op, params, threads); }); },
-          [](const GradBiasParams& params, int threads) { with_storage(params.dtype, [&](auto s) { grad_bias<decltype(s)>(params, threads); }); }};
+  return {
+      isa,
+      supported,
+      [](Op op, const Params& params, int threads) {
+        with_storage(params.dtype, [&](auto s) { gather_gemm<decltype(s)>(op, params, threads); });
+      },
+      [](const Params& params, int threads) {
+        with_storage(params.dtype, [&](auto s) { weight_gemm<decltype(s)>(params, threads); });
+      },
+      [](Op op, const Params& params, int threads) {
+        with_storage(params.dtype, [&](auto s) { direct<decltype(s)>(op, params, threads); });
+      },
+      [](Op op, const Params& params, int threads) {
+        with_storage(params.dtype, [&](auto s) { depthwise<decltype(s)>(op, params, threads); });
+      },
+      [](const GradBiasParams& params, int threads) {
+        with_storage(params.dtype, [&](auto s) { grad_bias<decltype(s)>(params, threads); });
+      }};
 }
 
 }  // namespace DECONV_ISA

@@ -1,5 +1,5 @@
-// Puts the phases of a row back into place. Each phase of an output row was computed by itself, contiguous; writing them one by one would touch
-// every cache line `stride` times.
+// Puts the phases of a row back into place. Each phase of an output row was computed by itself,
+// contiguous; writing them one by one would touch every cache line `stride` times.
 #pragma once
 
 #include "simd.h"
@@ -9,7 +9,8 @@ namespace cpu {
 namespace DECONV_ISA {
 
 template <int Width, class S, class T>
-inline void interleave_full(S* __restrict to, const T* const* from, int64_t at, int64_t count, T bias) {
+inline void interleave_full(S* __restrict to, const T* const* from, int64_t at, int64_t count,
+                            T bias) {
   const T* source[Width];
   for (int p = 0; p < Width; ++p) source[p] = from[p] + at;
   for (int64_t i = 0; i < count; ++i)
@@ -18,7 +19,8 @@ inline void interleave_full(S* __restrict to, const T* const* from, int64_t at, 
 
 // to[start + i * step + p] = from[p][at + i] + bias, where that index is in [0, size)
 template <class S, class T>
-inline void interleave(S* to, int64_t start, int64_t step, int64_t size, const T* const* from, int64_t width, int64_t at, int64_t count, T bias) {
+inline void interleave(S* to, int64_t start, int64_t step, int64_t size, const T* const* from,
+                       int64_t width, int64_t at, int64_t count, T bias) {
   const int64_t head = start < 0 ? min_of(count, (-start + step - 1) / step) : 0;
   const int64_t full = size - start - width >= 0 ? (size - start - width) / step + 1 : 0;
   const int64_t tail = max_of(head, min_of(count, full));
@@ -40,7 +42,8 @@ inline void interleave(S* to, int64_t start, int64_t step, int64_t size, const T
     interleave_full<4>(inner, from, at + head, tail - head, bias);
   } else {
     for (int64_t i = head; i < tail; ++i)
-      for (int64_t p = 0; p < width; ++p) to[start + i * step + p] = convert<S>(from[p][at + i] + bias);
+      for (int64_t p = 0; p < width; ++p)
+        to[start + i * step + p] = convert<S>(from[p][at + i] + bias);
   }
   for (int64_t i = tail; i < count; ++i) edge(i);
 }

@@ -1,4 +1,5 @@
-// The CPU kernels for AVX-2. Standard headers come before the switch of target, so that nothing shared is compiled for it.
+// The CPU kernels for AVX-2. Standard headers come before the switch of target, so that nothing
+// shared is compiled for it.
 #include <memory>
 #include <vector>
 

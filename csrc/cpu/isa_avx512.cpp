@@ -1,4 +1,5 @@
-// The CPU kernels for AVX-512. Standard headers come before the switch of target, so that nothing shared is compiled for it.
+// The CPU kernels for AVX-512. Standard headers come before the switch of target, so that nothing
+// shared is compiled for it.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -25,7 +26,11 @@
 namespace deconv {
 namespace cpu {
 namespace {
-bool supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"); }
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
 }  // namespace
 
 const Kernels* avx512_kernels() {

@@ -1,4 +1,5 @@
-// The CPU kernels for whatever the compiler targets by default: 16-byte vectors, which every 64-bit machine has.
+// The CPU kernels for whatever the compiler targets by default: 16-byte vectors, which every 64-bit
+// machine has.
 #define DECONV_ISA portable
 #define DECONV_VECTOR_BYTES 16
 #define DECONV_VECTOR_REGISTERS 16

@@ -1,13 +1,15 @@
 // The one inner loop of every matrix product in here, a batch-reduce GEMM on a register tile:
 //
-//     C[m][n] (+)= sum over segments s, steps k < length_s of A_s[m][k] * B_s[k][n]        m < RM, n < RN vectors
+//     C[m][n] (+)= sum over segments s, steps k < length_s of A_s[m][k] * B_s[k][n]        m < RM,
+//     n < RN vectors
 //
-// A is broadcast: element (m, k) lies at a + row[m] + k * step, so A may be a packed panel (row[m] = m, step = RM), rows of a tensor
-// (row[m] = m * pitch, step = 1) or a padded image that is read with a stride. B is a panel of full vectors, RN a step. Segments
-// let the caller leave out what is known to be zero (a kernel element that reads outside the image) and stitch panels together.
+// A is broadcast: element (m, k) lies at a + row[m] + k * step, so A may be a packed panel (row[m]
+// = m, step = RM), rows of a tensor (row[m] = m * pitch, step = 1) or a padded image that is read
+// with a stride. B is a panel of full vectors, RN a step. Segments let the caller leave out what is
+// known to be zero (a kernel element that reads outside the image) and stitch panels together.
 //
-// Sums start at zero in every call and are added to C once. Callers pass at most kPartialSum steps a call: adding short partial sums keeps the
-// rounding error low, at about 2 % of the time.
+// Sums start at zero in every call and are added to C once. Callers pass at most kPartialSum steps
+// a call: adding short partial sums keeps the rounding error low, at about 2 % of the time.
 //
 // Register budget: RM * RN sums + RN vectors of B + 1 broadcast <= the ISA's registers.
 #pragma once
@@ -28,7 +30,8 @@ struct Segment {
 };
 
 template <class T, int RM, int RN>
-void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row, int64_t step, T* c, int64_t ldc, bool accumulate) {
+void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row, int64_t step,
+                   T* c, int64_t ldc, bool accumulate) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
   Vector<T> sum[RM][RN];
@@ -70,15 +73,18 @@ constexpr Tile<T> make_tile() {
   return {RM, RN, multiply_tile<T, RM, RN>};
 }
 
-// 32 registers: 8x3 and 12x2 use 24 to 26 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step are RM + RN at two a cycle, against RM * RN / 2
-// cycles of multiply-add; the narrow tiles serve few rows or few lanes.
+// 32 registers: 8x3 and 12x2 use 24 to 26 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step
+// are RM + RN at two a cycle, against RM * RN / 2 cycles of multiply-add; the narrow tiles serve
+// few rows or few lanes.
 template <class T>
 struct Tiles {
 #if DECONV_VECTOR_REGISTERS >= 32
-  static constexpr Tile<T> list[] = {make_tile<T, 8, 3>(), make_tile<T, 12, 2>(), make_tile<T, 9, 3>(), make_tile<T, 6, 4>(),
-                                     make_tile<T, 4, 4>(), make_tile<T, 8, 2>(), make_tile<T, 8, 1>()};
+  static constexpr Tile<T> list[] = {
+      make_tile<T, 8, 3>(), make_tile<T, 12, 2>(), make_tile<T, 9, 3>(), make_tile<T, 6, 4>(),
+      make_tile<T, 4, 4>(), make_tile<T, 8, 2>(),  make_tile<T, 8, 1>()};
 #else
-  static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(), make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),
+  static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(),
+                                     make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),
                                      make_tile<T, 4, 1>()};
 #endif
 };

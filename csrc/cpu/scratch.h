@@ -7,8 +7,8 @@
 namespace deconv {
 namespace cpu {
 
-// Both are 64-byte aligned, throw std::bad_alloc and stay valid until the same thread asks again: `thread_scratch` for one task,
-// `call_scratch` for what the threads of a call share.
+// Both are 64-byte aligned, throw std::bad_alloc and stay valid until the same thread asks again:
+// `thread_scratch` for one task, `call_scratch` for what the threads of a call share.
 void* thread_scratch(std::size_t bytes);
 void* call_scratch(std::size_t bytes);
 

@@ -1,8 +1,10 @@
-// Vectors as the compiler's vector extension: one source for every instruction set. The file that includes this (isa_*.cpp) has
-// set DECONV_ISA, the namespace of everything compiled for it, and DECONV_VECTOR_BYTES, after switching the compiler's target.
+// Vectors as the compiler's vector extension: one source for every instruction set. The file that
+// includes this (isa_*.cpp) has set DECONV_ISA, the namespace of everything compiled for it, and
+// DECONV_VECTOR_BYTES, after switching the compiler's target.
 //
-// No include guard across ISAs is needed: each isa_*.cpp is one translation unit. Nothing from the standard library may be
-// instantiated in here, or the linker could keep the copy made for the wrong instruction set.
+// No include guard across ISAs is needed: each isa_*.cpp is one translation unit. Nothing from the
+// standard library may be instantiated in here, or the linker could keep the copy made for the
+// wrong instruction set.
 #pragma once
 
 #if DECONV_VECTOR_BYTES == 64
@@ -79,12 +81,15 @@ inline Vector<T> even_lanes(Vector<T> a, Vector<T> b) {
   return __builtin_shuffle(a, b, mask);
 }
 
-// The first `count` lanes, 0 <= count <= kLanes: memory beyond them is not touched, lanes beyond them are zero.
+// The first `count` lanes, 0 <= count <= kLanes: memory beyond them is not touched, lanes beyond
+// them are zero.
 template <class T, class S>
 inline Vector<T> load_first(const S* p, int64_t count) {
 #if DECONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(S) == 4) return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi32((1u << count) - 1, p));
-  if constexpr (sizeof(S) == 8) return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi64((1u << count) - 1, p));
+  if constexpr (sizeof(S) == 4)
+    return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi32((1u << count) - 1, p));
+  if constexpr (sizeof(S) == 8)
+    return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi64((1u << count) - 1, p));
 #endif
   T lanes[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = convert<T>(p[i]);
@@ -94,8 +99,10 @@ inline Vector<T> load_first(const S* p, int64_t count) {
 template <class T>
 inline void store_first(T* p, Vector<T> v, int64_t count) {
 #if DECONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
-  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_storeu_epi32(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
+  if constexpr (sizeof(T) == 8)
+    return _mm512_mask_storeu_epi64(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
 #endif
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
@@ -107,7 +114,8 @@ inline Vector<T> load_every(const S* p, int64_t count) {
   if constexpr (Stride == 1) {
     return count >= kLanes<T> ? load_as<T>(p) : load_first<T>(p, count);
   } else if (count > kHalf) {
-    return even_lanes<T>(load_every<T, Stride / 2>(p, count), load_every<T, Stride / 2>(p + kHalf, count - kHalf));
+    return even_lanes<T>(load_every<T, Stride / 2>(p, count),
+                         load_every<T, Stride / 2>(p + kHalf, count - kHalf));
   } else {
     return even_lanes<T>(load_every<T, Stride / 2>(p, count), Vector<T>{});
   }
@@ -143,7 +151,8 @@ inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i * stride]);
 }
 
-// Interleaves blocks of `Block` lanes of a and b: the low halves' if First is 0, the high halves' if it is 1.
+// Interleaves blocks of `Block` lanes of a and b: the low halves' if First is 0, the high halves'
+// if it is 1.
 template <class T, int Block, int First>
 inline Vector<T> interleave_blocks(Vector<T> a, Vector<T> b) {
   typedef typename IntegerOf<sizeof(T)>::type Index;
@@ -156,7 +165,8 @@ inline Vector<T> interleave_blocks(Vector<T> a, Vector<T> b) {
   return __builtin_shuffle(a, b, mask);
 }
 
-// One step of a transposition by halves: swaps the off-diagonal blocks of size Block within each pair of blocks of rows.
+// One step of a transposition by halves: swaps the off-diagonal blocks of size Block within each
+// pair of blocks of rows.
 template <class T, int Block>
 inline void transpose_step(Vector<T>* rows) {
   constexpr int kN = kLanes<T>;

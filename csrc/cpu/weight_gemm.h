@@ -1,13 +1,17 @@
-// "gemm" for grad_weight: dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, i * stride + k * dilation - pad]
+// "gemm" for grad_weight: dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, i * stride + k *
+// dilation - pad]
 //
-// As a matrix product: rows (co, k) times lanes ci, summed over pixels. x is packed transposed, [pixel][ci]; dy is not multiplied out by taps: a padded
-// patch of it is copied, and the tile reads row (co, k) of the patch with the stride of the problem.
+// As a matrix product: rows (co, k) times lanes ci, summed over pixels. x is packed transposed,
+// [pixel][ci]; dy is not multiplied out by taps: a padded patch of it is copied, and the tile reads
+// row (co, k) of the patch with the stride of the problem.
 //
 //   for each chunk of (co, k) x lanes of ci x split of the pixels, in parallel:
-//     for each block of pixels (lines of images): pack x; for a few co at a time: pack patches of dy, multiply_tile over the lines
+//     for each block of pixels (lines of images): pack x; for a few co at a time: pack patches of
+//     dy, multiply_tile over the lines
 //   add the splits in order, store
 //
-// The number of splits follows from the problem, never from the threads: results do not depend on their number.
+// The number of splits follows from the problem, never from the threads: results do not depend on
+// their number.
 #pragma once
 
 #include "../parallel.h"
@@ -20,8 +24,9 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-// How pixels and taps of one axis are found in a patch of dy: element tap * tap_step + pixel * pixel_step. Either the patch is the piece of dy that the
-// pixels and taps span, or, where dilation or stride leave it mostly unused, one copy of the pixels a tap.
+// How pixels and taps of one axis are found in a patch of dy: element tap * tap_step + pixel *
+// pixel_step. Either the patch is the piece of dy that the pixels and taps span, or, where dilation
+// or stride leave it mostly unused, one copy of the pixels a tap.
 struct PatchAxis {
   int64_t extent, tap_step, pixel_step;
   bool by_tap;
@@ -33,9 +38,11 @@ struct PatchAxis {
   }
 
   // The output that element e of the patch holds; may lie outside dy.
-  int64_t output(const Axis& axis, int64_t first_pixel, int64_t first_tap, int64_t pixels, int64_t e) const {
+  int64_t output(const Axis& axis, int64_t first_pixel, int64_t first_tap, int64_t pixels,
+                 int64_t e) const {
     const int64_t pixel = by_tap ? e % pixels : 0, tap = by_tap ? e / pixels : 0;
-    return (first_pixel + pixel) * axis.stride + (first_tap + tap) * axis.dilation - axis.pad + (by_tap ? 0 : e);
+    return (first_pixel + pixel) * axis.stride + (first_tap + tap) * axis.dilation - axis.pad +
+           (by_tap ? 0 : e);
   }
 };
 
@@ -46,19 +53,23 @@ struct WeightGemm {
   // A thread's working set in its L2 cache: sums, packed x, patches of dy.
   static constexpr int64_t kSums = (512 << 10) / sizeof(T), kPatches = (128 << 10) / sizeof(T);
   static constexpr int64_t kLanesAtOnce = 192;  // lanes that share a patch
-  static constexpr int64_t kOutputsInner = 16;  // co that lie together in a patch with channels innermost
+  static constexpr int64_t kOutputsInner =
+      16;  // co that lie together in a patch with channels innermost
   static constexpr int64_t kBlockPixels = 256;  // packed at a time
-  static constexpr int64_t kTasks = 16;         // enough to balance a few threads; pixels are split where the weight has fewer parts
+  static constexpr int64_t kTasks =
+      16;  // enough to balance a few threads; pixels are split where the weight has fewer parts
 
   const Params& params;
   const Problem& p = params.problem;
   Tile<T> tile;
   int64_t group_in, group_out;
-  int64_t width, lane_tiles, lane_parts;                // lanes of a tile; tiles of lanes in a part; parts
-  int64_t outputs, kernel_h, kernel_w;                  // co, kh, kw of a chunk
-  int64_t chunks_o, chunks_h, chunks_w;                 // their numbers
-  int64_t patch_outputs, patch_rows;                    // co whose patches are packed together; their rows (co, k), padded to tiles
-  int64_t line, line_parts, lines, blocks, splits;      // pixels a line, lines across an image row, lines a block, blocks, splits of the blocks
+  int64_t width, lane_tiles, lane_parts;  // lanes of a tile; tiles of lanes in a part; parts
+  int64_t outputs, kernel_h, kernel_w;    // co, kh, kw of a chunk
+  int64_t chunks_o, chunks_h, chunks_w;   // their numbers
+  int64_t patch_outputs,
+      patch_rows;  // co whose patches are packed together; their rows (co, k), padded to tiles
+  int64_t line, line_parts, lines, blocks, splits;  // pixels a line, lines across an image row,
+                                                    // lines a block, blocks, splits of the blocks
   PatchAxis patch_h, patch_w;
 
   WeightGemm(const Params& given) : params(given) {
@@ -75,7 +86,10 @@ struct WeightGemm {
     double least = 0;
     for (const Tile<T>& t : Tiles<T>::list) {
       const double step = cycles_per_step(t.rows, t.vectors);
-      const double cycles = step * static_cast<double>((rows + t.rows - 1) / t.rows * ((group_in + t.vectors * kLanes<T> - 1) / (t.vectors * kLanes<T>)));
+      const double cycles =
+          step *
+          static_cast<double>((rows + t.rows - 1) / t.rows *
+                              ((group_in + t.vectors * kLanes<T> - 1) / (t.vectors * kLanes<T>)));
       if (least == 0 || cycles < least) {
         least = cycles;
         tile = t;
@@ -93,7 +107,9 @@ struct WeightGemm {
     const int64_t rows = max_of<int64_t>(1, kSums / (lane_tiles * width) - tile.rows);
     kernel_w = min_of(p.w.kernel, rows);
     kernel_h = min_of(p.h.kernel, max_of<int64_t>(1, rows / kernel_w));
-    outputs = kernel_h < p.h.kernel || kernel_w < p.w.kernel ? 1 : min_of(group_out, max_of<int64_t>(1, rows / (kernel_h * kernel_w)));
+    outputs = kernel_h < p.h.kernel || kernel_w < p.w.kernel
+                  ? 1
+                  : min_of(group_out, max_of<int64_t>(1, rows / (kernel_h * kernel_w)));
     chunks_w = (p.w.kernel + kernel_w - 1) / kernel_w;
     chunks_h = (p.h.kernel + kernel_h - 1) / kernel_h;
     chunks_o = (group_out + outputs - 1) / outputs;
@@ -121,10 +137,14 @@ struct WeightGemm {
     splits = min_of(blocks, (kTasks + parts - 1) / parts);
 
     patch_outputs = min_of(outputs, max_of<int64_t>(1, kPatches / patch_elements()));
-    if (outputs_inner() && patch_outputs > kOutputsInner) patch_outputs = patch_outputs / kOutputsInner * kOutputsInner;
+    if (outputs_inner() && patch_outputs > kOutputsInner)
+      patch_outputs = patch_outputs / kOutputsInner * kOutputsInner;
     // As many co as leave the fewest rows of their last tile empty.
     const int64_t taps = kernel_h * kernel_w, most = patch_outputs;
-    const auto waste = [&](int64_t count) { return static_cast<double>(round_up<int64_t>(count * taps, tile.rows)) / static_cast<double>(count); };
+    const auto waste = [&](int64_t count) {
+      return static_cast<double>(round_up<int64_t>(count * taps, tile.rows)) /
+             static_cast<double>(count);
+    };
     for (int64_t count = most; count > most / 2; --count)
       if (waste(count) < waste(patch_outputs)) patch_outputs = count;
     patch_rows = round_up<int64_t>(patch_outputs * taps, tile.rows);
@@ -157,10 +177,12 @@ struct WeightGemm {
     return part;
   }
 
-  // Where (co, kh, kw) stands among the rows of `count` co: neighbours are what lies close together in a patch.
+  // Where (co, kh, kw) stands among the rows of `count` co: neighbours are what lies close together
+  // in a patch.
   bool outputs_inner() const { return params.y.stride[1] == 1 && outputs > 1; }
   int64_t row_of(const Part& part, int64_t count, int64_t co, int64_t kh, int64_t kw) const {
-    return outputs_inner() ? (kh * part.kernel_w + kw) * count + co : (co * part.kernel_h + kh) * part.kernel_w + kw;
+    return outputs_inner() ? (kh * part.kernel_w + kw) * count + co
+                           : (co * part.kernel_h + kh) * part.kernel_w + kw;
   }
 
   // Lines of one image within a block: they share a patch.
@@ -170,8 +192,8 @@ struct WeightGemm {
 
   // -------------------------------------------------------------------------------------------------------------------------
 
-  // Sums over the blocks [begin, end) as [row][lane], rows (co, kh, kw) in groups of patch_rows; into `sums`, or if that is null into the
-  // thread's scratch. Returns where they are.
+  // Sums over the blocks [begin, end) as [row][lane], rows (co, kh, kw) in groups of patch_rows;
+  // into `sums`, or if that is null into the thread's scratch. Returns where they are.
   T* accumulate(const Part& part, int64_t begin, int64_t end, T* sums) const {
     T *own_sums, *packed_x, *patches;
     Strip* strips;
@@ -190,12 +212,14 @@ struct WeightGemm {
     };
     carve(thread_scratch(carve(nullptr)));
     if (!sums) sums = own_sums;
-    const int64_t element = outputs_inner() ? patch_outputs : 1;  // distance of neighbours in a patch
+    const int64_t element =
+        outputs_inner() ? patch_outputs : 1;  // distance of neighbours in a patch
     const int64_t patch = outputs_inner() ? 1 : patch_elements();  // distance of co
 
     for (int64_t block = begin; block < end; ++block) {
       const int64_t iw = block % line_parts * line, length = min_of(segment_pixels, p.w.in - iw);
-      const int64_t first_line = block / line_parts * lines, line_count = min_of(lines, p.batch * p.h.in - first_line);
+      const int64_t first_line = block / line_parts * lines,
+                    line_count = min_of(lines, p.batch * p.h.in - first_line);
       int64_t strip_count = 0;
       for (int64_t l = 0; l < line_count; l += strips[strip_count++].lines) {
         const int64_t ih = (first_line + l) % p.h.in;
@@ -204,29 +228,39 @@ struct WeightGemm {
       for (int64_t t = 0; t * width < part.lanes; ++t) {
         T* to = packed_x + t * pixels * width;
         for (int64_t s = 0; s < strip_count; ++s)
-          for (int64_t l = 0; l < strips[s].lines; ++l, to += length * width) pack_x(part, strips[s].n, t, strips[s].ih + l, iw, length, to);
+          for (int64_t l = 0; l < strips[s].lines; ++l, to += length * width)
+            pack_x(part, strips[s].n, t, strips[s].ih + l, iw, length, to);
       }
       for (int64_t o = 0; o < part.outputs; o += patch_outputs) {
-        const int64_t count = min_of(patch_outputs, part.outputs - o), rows = count * part.kernel_h * part.kernel_w;
+        const int64_t count = min_of(patch_outputs, part.outputs - o),
+                      rows = count * part.kernel_h * part.kernel_w;
         for (int64_t s = 0; s < strip_count; ++s)
-          pack_patch(part, strips[s], o, count, iw, element, patch, patches + s * patch_h.extent * patch_w.extent * element);
-        for (int64_t row = 0; row < patch_rows; ++row) row_offsets[row] = 0;  // padding: any valid address
+          pack_patch(part, strips[s], o, count, iw, element, patch,
+                     patches + s * patch_h.extent * patch_w.extent * element);
+        for (int64_t row = 0; row < patch_rows; ++row)
+          row_offsets[row] = 0;  // padding: any valid address
         for (int64_t co = 0; co < count; ++co)
           for (int64_t kh = 0; kh < part.kernel_h; ++kh)
             for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              row_offsets[row_of(part, count, co, kh, kw)] = co * patch + (kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step) * element;
+              row_offsets[row_of(part, count, co, kh, kw)] =
+                  co * patch +
+                  (kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step) * element;
         T* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
         for (int64_t t = 0; t * width < part.lanes; ++t) {
           const T* x = packed_x + t * pixels * width;
           int64_t count_lines = 0;
           for (int64_t s = 0; s < strip_count; ++s)
             for (int64_t l = 0; l < strips[s].lines; ++l, x += length * width)
-              segments[count_lines++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent * element, x, length};
+              segments[count_lines++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) *
+                                                       patch_w.extent * element,
+                                         x, length};
           const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);
           for (int64_t l = 0; l < count_lines; l += at_once)
             for (int64_t r = 0; r < rows; r += tile.rows)
-              tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r, patch_w.pixel_step * element,
-                            block_sums + r * lane_tiles * width + t * width, lane_tiles * width, block > begin || l > 0);
+              tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r,
+                            patch_w.pixel_step * element,
+                            block_sums + r * lane_tiles * width + t * width, lane_tiles * width,
+                            block > begin || l > 0);
         }
       }
     }
@@ -234,9 +268,11 @@ struct WeightGemm {
   }
 
   // One line of x for one tile of lanes: [pixel][width], zeros beyond the last channel.
-  DECONV_PHASE void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw, int64_t length, T* to) const {
+  DECONV_PHASE void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw,
+                           int64_t length, T* to) const {
     const int64_t lanes = min_of(width, part.lanes - t * width);
-    const S* from = static_cast<const S*>(params.x.data) + params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
+    const S* from = static_cast<const S*>(params.x.data) +
+                    params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
     const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
     if (lanes < width)
       for (int64_t i = 0; i < length * width; ++i) to[i] = 0;
@@ -247,18 +283,25 @@ struct WeightGemm {
       constexpr int kN = kLanes<T>;
       const int64_t squares_l = pixel == 1 ? lanes / kN * kN : 0, squares_i = length / kN * kN;
       for (int64_t l = 0; l < squares_l; l += kN)
-        for (int64_t i = 0; i < squares_i; i += kN) transpose_square(from + l * channel + i, channel, to + i * width + l, width);
+        for (int64_t i = 0; i < squares_i; i += kN)
+          transpose_square(from + l * channel + i, channel, to + i * width + l, width);
       for (int64_t l = 0; l < lanes; ++l)
-        for (int64_t i = l < squares_l ? squares_i : 0; i < length; ++i) to[i * width + l] = convert<T>(from[l * channel + i * pixel]);
+        for (int64_t i = l < squares_l ? squares_i : 0; i < length; ++i)
+          to[i * width + l] = convert<T>(from[l * channel + i * pixel]);
     }
   }
 
-  // The patches of dy that the pixels of a strip and the taps of the part touch, for `count` co from o on; zeros outside dy.
-  DECONV_PHASE void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count, int64_t iw, int64_t element, int64_t patch, T* to) const {
-    const S* from = static_cast<const S*>(params.y.data) + params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
-    const int64_t stride_co = params.y.stride[1], stride_w = params.y.stride[3], strip_lines = min_of(lines, p.h.in), extent = patch_w.extent;
+  // The patches of dy that the pixels of a strip and the taps of the part touch, for `count` co
+  // from o on; zeros outside dy.
+  DECONV_PHASE void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count,
+                               int64_t iw, int64_t element, int64_t patch, T* to) const {
+    const S* from = static_cast<const S*>(params.y.data) +
+                    params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
+    const int64_t stride_co = params.y.stride[1], stride_w = params.y.stride[3],
+                  strip_lines = min_of(lines, p.h.in), extent = patch_w.extent;
     const int64_t start = patch_w.output(p.w, iw, part.kw, line, 0);
-    const int64_t head = min_of(extent, max_of<int64_t>(0, -start)), tail = max_of(head, min_of(extent, p.w.out - start));
+    const int64_t head = min_of(extent, max_of<int64_t>(0, -start)),
+                  tail = max_of(head, min_of(extent, p.w.out - start));
     for (int64_t eh = 0; eh < patch_h.extent; ++eh) {
       const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
       const bool inside = oh >= 0 && oh < p.h.out;
@@ -266,14 +309,16 @@ struct WeightGemm {
       T* row = to + eh * extent * element;
       if (outputs_inner() || patch_w.by_tap) {
         for (int64_t ew = 0; ew < extent; ++ew) {
-          const int64_t ow = patch_w.by_tap ? patch_w.output(p.w, iw, part.kw, line, ew) : start + ew;
+          const int64_t ow =
+              patch_w.by_tap ? patch_w.output(p.w, iw, part.kw, line, ew) : start + ew;
           T* cell = row + ew * element;
           if (!inside || ow < 0 || ow >= p.w.out) {
             for (int64_t co = 0; co < count; ++co) cell[co * patch] = 0;
           } else if (patch == 1) {
             copy_every<1>(cell, dy + ow * stride_w, count);
           } else {
-            for (int64_t co = 0; co < count; ++co) cell[co * patch] = convert<T>(dy[ow * stride_w + co * stride_co]);
+            for (int64_t co = 0; co < count; ++co)
+              cell[co * patch] = convert<T>(dy[ow * stride_w + co * stride_co]);
           }
         }
         continue;
@@ -290,7 +335,8 @@ struct WeightGemm {
     }
   }
 
-  // A zero of a padded patch against an infinite x leaves a NaN: such elements are computed again from the definition.
+  // A zero of a padded patch against an infinite x leaves a NaN: such elements are computed again
+  // from the definition.
   DECONV_PHASE void store(const Part& part, const T* sums) const {
     S* dw = static_cast<S*>(params.w.data);
     for (int64_t lane = 0; lane < part.lanes; ++lane) {
@@ -298,12 +344,15 @@ struct WeightGemm {
       for (int64_t co = 0; co < part.outputs; ++co)
         for (int64_t kh = 0; kh < part.kernel_h; ++kh)
           for (int64_t kw = 0; kw < part.kernel_w; ++kw) {
-            const int64_t first = co / patch_outputs * patch_outputs, count = min_of(patch_outputs, part.outputs - first);
-            const int64_t row = co / patch_outputs * patch_rows + row_of(part, count, co - first, kh, kw);
+            const int64_t first = co / patch_outputs * patch_outputs,
+                          count = min_of(patch_outputs, part.outputs - first);
+            const int64_t row =
+                co / patch_outputs * patch_rows + row_of(part, count, co - first, kh, kw);
             const T sum = sums[row * lane_tiles * width + lane];
             dw[params.w.at(ci, part.co + co, part.kh + kh, part.kw + kw)] =
                 sum == sum ? convert<S>(sum)
-                           : convert<S>(reference::grad_weight_element<double, S>(params, ci, part.co + co, part.kh + kh, part.kw + kw));
+                           : convert<S>(reference::grad_weight_element<double, S>(
+                                 params, ci, part.co + co, part.kh + kh, part.kw + kw));
           }
     }
   }
@@ -321,10 +370,12 @@ void weight_gemm(const Params& params, int threads) {
     });
     return;
   }
-  T* sums = static_cast<T*>(call_scratch(parts * splits * elements * sizeof(T)));  // [part][split][rows][lanes]
+  T* sums = static_cast<T*>(
+      call_scratch(parts * splits * elements * sizeof(T)));  // [part][split][rows][lanes]
   parallel_for(parts * splits, threads, [&](int64_t task) {
     const int64_t split = task % splits;
-    gemm.accumulate(gemm.part_of(task / splits), gemm.blocks * split / splits, gemm.blocks * (split + 1) / splits, sums + task * elements);
+    gemm.accumulate(gemm.part_of(task / splits), gemm.blocks * split / splits,
+                    gemm.blocks * (split + 1) / splits, sums + task * elements);
   });
   parallel_for(parts, threads, [&](int64_t part) {
     T* total = sums + part * splits * elements;

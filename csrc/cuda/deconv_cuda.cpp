@@ -9,7 +9,8 @@ namespace cuda {
 
 void run(Op op, const Params& params, const std::string& algorithm, void* stream) {
   if (algorithm != "auto" && algorithm != "generic")
-    throw std::invalid_argument("algo must be one of auto, generic on CUDA, but got '" + algorithm + "'");
+    throw std::invalid_argument("algo must be one of auto, generic on CUDA, but got '" + algorithm +
+                                "'");
   generic(op, params, stream);
 }
 

@@ -1,5 +1,6 @@
-// "generic": one thread an output element, by the definition in reference/elements.h; any problem, any strides, sums in float64 (integers wrap).
-// The oracle of the CUDA kernels, and slow: it reads every operand from memory as often as it is used.
+// "generic": one thread an output element, by the definition in reference/elements.h; any problem,
+// any strides, sums in float64 (integers wrap). The oracle of the CUDA kernels, and slow: it reads
+// every operand from memory as often as it is used.
 #include "../reference/elements.h"
 #include "generic.h"
 #include "launch.h"
@@ -20,16 +21,21 @@ template <class Sum, class T, Op kOp>
 __global__ void generic_kernel(Elements e) {
   const int64_t count = e.sizes[0] * e.sizes[1] * e.sizes[2] * e.sizes[3];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < count; index += stride) {
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < count;
+       index += stride) {
     const int64_t i3 = index % e.sizes[3], i2 = index / e.sizes[3] % e.sizes[2];
-    const int64_t plane = index / e.sizes[3] / e.sizes[2], i1 = plane % e.sizes[1], i0 = plane / e.sizes[1];
+    const int64_t plane = index / e.sizes[3] / e.sizes[2], i1 = plane % e.sizes[1],
+                  i0 = plane / e.sizes[1];
     const Params& p = e.params;
     if constexpr (kOp == Op::kForward) {
-      static_cast<T*>(p.y.data)[p.y.at(i0, i1, i2, i3)] = convert<T>(reference::forward_element<Sum, T>(p, i0, i1, i2, i3));
+      static_cast<T*>(p.y.data)[p.y.at(i0, i1, i2, i3)] =
+          convert<T>(reference::forward_element<Sum, T>(p, i0, i1, i2, i3));
     } else if constexpr (kOp == Op::kGradInput) {
-      static_cast<T*>(p.x.data)[p.x.at(i0, i1, i2, i3)] = convert<T>(reference::grad_input_element<Sum, T>(p, i0, i1, i2, i3));
+      static_cast<T*>(p.x.data)[p.x.at(i0, i1, i2, i3)] =
+          convert<T>(reference::grad_input_element<Sum, T>(p, i0, i1, i2, i3));
     } else {
-      static_cast<T*>(p.w.data)[p.w.at(i0, i1, i2, i3)] = convert<T>(reference::grad_weight_element<Sum, T>(p, i0, i1, i2, i3));
+      static_cast<T*>(p.w.data)[p.w.at(i0, i1, i2, i3)] =
+          convert<T>(reference::grad_weight_element<Sum, T>(p, i0, i1, i2, i3));
     }
   }
 }
@@ -41,7 +47,8 @@ __global__ void generic_grad_bias_kernel(GradBiasParams p) {
   const int64_t channel = blockIdx.x, plane = p.out_h * p.out_w, count = p.batch * plane;
   Sum sum = 0;
   for (int64_t index = threadIdx.x; index < count; index += kThreads)
-    sum += reference::load<Sum, T>(p.dy, p.dy.at(index / plane, channel, index % plane / p.out_w, index % p.out_w));
+    sum += reference::load<Sum, T>(
+        p.dy, p.dy.at(index / plane, channel, index % plane / p.out_w, index % p.out_w));
   partial[threadIdx.x] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
@@ -56,17 +63,21 @@ void run_typed(Op op, const Elements& e, void* stream) {
   const dim3 grid(static_cast<unsigned>(std::min(ceil_div(count, kThreads), kMaxBlocks)));
   switch (op) {
     case Op::kForward:
-      return launch(generic_kernel<Sum, T, Op::kForward>, grid, dim3(kThreads), 0, stream, e, "forward_generic");
+      return launch(generic_kernel<Sum, T, Op::kForward>, grid, dim3(kThreads), 0, stream, e,
+                    "forward_generic");
     case Op::kGradInput:
-      return launch(generic_kernel<Sum, T, Op::kGradInput>, grid, dim3(kThreads), 0, stream, e, "grad_input_generic");
+      return launch(generic_kernel<Sum, T, Op::kGradInput>, grid, dim3(kThreads), 0, stream, e,
+                    "grad_input_generic");
     case Op::kGradWeight:
-      return launch(generic_kernel<Sum, T, Op::kGradWeight>, grid, dim3(kThreads), 0, stream, e, "grad_weight_generic");
+      return launch(generic_kernel<Sum, T, Op::kGradWeight>, grid, dim3(kThreads), 0, stream, e,
+                    "grad_weight_generic");
   }
 }
 
 template <class Sum, class T>
 void grad_bias_typed(const GradBiasParams& p, void* stream) {
-  launch(generic_grad_bias_kernel<Sum, T>, dim3(static_cast<unsigned>(p.c_out)), dim3(kThreads), 0, stream, p, "grad_bias_generic");
+  launch(generic_grad_bias_kernel<Sum, T>, dim3(static_cast<unsigned>(p.c_out)), dim3(kThreads), 0,
+         stream, p, "grad_bias_generic");
 }
 
 }  // namespace

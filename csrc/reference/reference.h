@@ -1,4 +1,5 @@
-// The naive implementation on the CPU: elements.h in a loop, sums in float64 (unsigned 64-bit for integers: they wrap). Takes every problem.
+// The naive implementation on the CPU: elements.h in a loop, sums in float64 (unsigned 64-bit for
+// integers: they wrap). Takes every problem.
 #pragma once
 
 #include "../params.h"

@@ -1,0 +1,243 @@
+// Packing for the gather product (gather_gemm.h): weights once a call, pixels once a block.
+#pragma once
+
+#include "gather.h"
+#include "simd.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+// Pixels that lie next to each other in one row of one image, or, with batch_innermost, one
+// position of consecutive images.
+struct PixelRun {
+  int64_t at, count;  // first pixel within the block; how many
+  int64_t n, jh, jw;
+};
+
+template <class S>
+struct GatherPack {
+  using T = typename Arithmetic<S>::type;
+
+  const GatherPlan& plan;
+  T* weights;  // packed
+
+  // -------------------------------------------------------------------------------------------------------------------------
+  // Weights
+
+  static constexpr int64_t kScatter =
+      512;  // kernel elements handled at a time: as many places are written to in turn
+
+  // Packs the channels [c0, c0 + channels) of one chunk. The source is read in its own order, one
+  // channel after the other: every kernel element has one place in the packed panel.
+  DECONV_PHASE void pack_weights(int64_t group, int64_t chunk, int64_t c0, int64_t channels) const {
+    const int64_t first = chunk * plan.row_chunk, rows = min_of(plan.row_chunk, plan.rows - first);
+    T* panel = weights +
+               ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
+    if (plan.padded_weights || rows < plan.row_chunk)
+      clear(panel, channels * plan.weights_per_channel);
+    const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group +
+                      c0 * plan.weight.channel + first * plan.weight.row;
+
+    int64_t from[kScatter], to[kScatter];
+    int64_t count = 0;
+    const auto flush = [&] {
+      for (int64_t c = 0; c < channels; ++c) {
+        const S* x = source + c * plan.weight.channel;
+        T* y = panel + c * plan.row_width;
+        for (int64_t i = 0; i < count; ++i) y[to[i]] = convert<T>(x[from[i]]);
+      }
+      count = 0;
+    };
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      const int64_t taps_h = h.offsets.size(), taps_w = w.offsets.size();
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw) {
+            const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
+            const int64_t base =
+                channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
+                local % plan.row_width;
+            for (int64_t th = 0; th < taps_h; ++th)
+              for (int64_t tw = 0; tw < taps_w; ++tw) {
+                const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
+                if (kh < 0 || kw < 0) continue;
+                from[count] =
+                    row * plan.weight.row + kh * plan.weight.kernel_h + kw * plan.weight.kernel_w;
+                to[count] = base + (th * taps_w + tw) * channels * plan.row_width;
+                if (++count == kScatter) flush();
+              }
+          }
+    }
+    flush();
+  }
+
+  // -------------------------------------------------------------------------------------------------------------------------
+  // Pixels
+
+  // Splits the tiles [first_tile, first_tile + tiles) into runs.
+  DECONV_PHASE int64_t list_runs(int64_t first_tile, int64_t tiles, PixelRun* runs) const {
+    int64_t count = 0;
+    const int64_t positions_w = plan.w.positions, positions = plan.h.positions * positions_w;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t run = (first_tile + t) / plan.tiles_per_run;
+      int64_t pixel = (first_tile + t) % plan.tiles_per_run * plan.pixel_width;
+      const int64_t end = min_of(pixel + plan.pixel_width, plan.run_length);
+      int64_t at = t * plan.pixel_width;
+      if (plan.batch_innermost) {
+        runs[count++] = {at, end - pixel, pixel, run / positions_w, run % positions_w};
+        continue;
+      }
+      while (pixel < end) {
+        const int64_t jw = pixel % positions_w;
+        const int64_t length = min_of(end - pixel, positions_w - jw);
+        runs[count++] = {at, length, pixel / positions, pixel % positions / positions_w, jw};
+        at += length;
+        pixel += length;
+      }
+    }
+    return count;
+  }
+
+  // The part [begin, end) of a run whose source exists at this offset, and where its first element
+  // lies.
+  struct Piece {
+    int64_t begin, end, source;
+  };
+  Piece piece_of(const PixelRun& run, int64_t offset_h, int64_t offset_w) const {
+    const int64_t ih = run.jh * plan.h.source_step + offset_h,
+                  iw = run.jw * plan.w.source_step + offset_w;
+    if (ih < 0 || ih >= plan.h.source) return {0, 0, 0};
+    if (plan.batch_innermost) {
+      if (iw < 0 || iw >= plan.w.source) return {0, 0, 0};
+      return {0, run.count, plan.source.at(run.n, 0, ih, iw)};
+    }
+    const int64_t begin = iw >= 0 ? 0 : (-iw + plan.w.source_step - 1) / plan.w.source_step;
+    const int64_t end = iw >= plan.w.source
+                            ? 0
+                            : min_of(run.count, (plan.w.source - 1 - iw) / plan.w.source_step + 1);
+    return {begin, end, plan.source.at(run.n, 0, ih, iw + begin * plan.w.source_step)};
+  }
+
+  // Packs one block of channels x offsets for all tiles of the block; present[tile][offset] tells
+  // whether any pixel has a source there. A tile of rows that lies in one row of one image, with
+  // every tap inside, is read where it is: in_place[tile] points to its first pixel.
+  void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, int64_t tiles,
+                   int64_t c0, int64_t channels, int64_t u0, int64_t offsets, T* panel,
+                   bool* present, const T** in_place) const {
+    const S* source = static_cast<const S*>(plan.source.data) +
+                      (group * plan.channels + c0) * plan.source.stride[1];
+    const PixelRun* first = runs;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const PixelRun* last = first;
+      while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
+      T* to = panel + t * plan.pixel_width * offsets * channels;
+      in_place[t] = nullptr;
+      if (last == first + 1 && readable_in_place(*first)) {
+        in_place[t] = reinterpret_cast<const T*>(
+            source + plan.source.at(first->n, 0, first->jh * plan.h.source_step,
+                                    first->jw * plan.w.source_step));
+        for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
+      } else if (plan.rows_across) {
+        pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
+                     present + t * offsets);
+      } else {
+        pack_as_lanes(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
+                      present + t * offsets);
+      }
+      first = last;
+    }
+  }
+
+  bool readable_in_place(const PixelRun& run) const {
+    if (sizeof(S) != sizeof(T) || !plan.rows_across || plan.batch_innermost ||
+        run.count != plan.pixel_width || plan.source.stride[1] != 1)
+      return false;
+    // Rows 4096 bytes apart would all compete for one set of the L1 cache.
+    if (plan.w.source_step * plan.source.stride[3] * static_cast<int64_t>(sizeof(T)) % 4096 == 0)
+      return false;
+    const int64_t ih = run.jh * plan.h.source_step, iw = run.jw * plan.w.source_step,
+                  last_iw = iw + (run.count - 1) * plan.w.source_step;
+    return ih + plan.offsets_h.front() >= 0 && ih + plan.offsets_h.back() < plan.h.source &&
+           iw + plan.offsets_w.front() >= 0 && last_iw + plan.offsets_w.back() < plan.w.source;
+  }
+
+  // [offset][channel][pixel]: rows of the source, shifted.
+  DECONV_PHASE void pack_as_lanes(const S* source, const PixelRun* first, const PixelRun* last,
+                                  int64_t first_pixel, int64_t channels, int64_t u0,
+                                  int64_t offsets, T* to, bool* present) const {
+    const int64_t pixel_stride =
+        plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
+    const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
+    for (int64_t u = 0; u < offsets; ++u, to += channels * width) {
+      const int64_t offset_h = plan.offsets_h[(u0 + u) / count_w],
+                    offset_w = plan.offsets_w[(u0 + u) % count_w];
+      int64_t found = 0;
+      for (const PixelRun* run = first; run < last; ++run) {
+        const Piece piece = piece_of(*run, offset_h, offset_w);
+        found += max_of<int64_t>(0, piece.end - piece.begin);
+      }
+      present[u] = found > 0;
+      if (found == 0) continue;
+      if (found < width) clear(to, channels * width);
+      for (const PixelRun* run = first; run < last; ++run) {
+        const Piece piece = piece_of(*run, offset_h, offset_w);
+        T* at = to + run->at - first_pixel + piece.begin;
+        for (int64_t c = 0; c < channels; ++c)
+          copy_strided(at + c * width, source + piece.source + c * plan.source.stride[1],
+                       pixel_stride, piece.end - piece.begin);
+      }
+    }
+  }
+
+  // [pixel][offset][channel]: where channels are contiguous and offsets follow each other,
+  // neighbouring taps are one copy.
+  DECONV_PHASE void pack_as_rows(const S* source, const PixelRun* first, const PixelRun* last,
+                                 int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
+                                 T* to, bool* present) const {
+    const int64_t count_w = plan.offsets_w.size(), stride_c = plan.source.stride[1],
+                  stride_w = plan.source.stride[3];
+    const bool consecutive = plan.offsets_w[count_w - 1] - plan.offsets_w[0] == count_w - 1;
+    const bool contiguous = stride_c == 1 && stride_w == channels;
+    for (int64_t u = 0; u < offsets; ++u) present[u] = false;
+    for (int64_t u = 0, length; u < offsets; u += length) {
+      const int64_t first_w = (u0 + u) % count_w, offset_h = plan.offsets_h[(u0 + u) / count_w];
+      length = consecutive ? min_of(count_w - first_w, offsets - u) : 1;
+      for (const PixelRun* run = first; run < last; ++run) {
+        const int64_t ih = run->jh * plan.h.source_step + offset_h;
+        const bool inside = ih >= 0 && ih < plan.h.source;
+        for (int64_t i = 0; i < run->count; ++i) {
+          const int64_t n = run->n + (plan.batch_innermost ? i : 0),
+                        jw = run->jw + (plan.batch_innermost ? 0 : i);
+          const int64_t iw = jw * plan.w.source_step + plan.offsets_w[first_w];
+          const int64_t begin = inside ? min_of(length, max_of<int64_t>(0, -iw)) : length;
+          const int64_t end = max_of(begin, min_of(length, plan.w.source - iw));
+          T* row = to + ((run->at - first_pixel + i) * offsets + u) * channels;
+          const S* from = source + plan.source.at(n, 0, ih, iw + begin);
+          clear(row, begin * channels);
+          if (contiguous) {
+            copy_strided(row + begin * channels, from, 1, (end - begin) * channels);
+          } else {
+            for (int64_t tap = begin; tap < end; ++tap)
+              copy_strided(row + tap * channels, from + (tap - begin) * stride_w, stride_c,
+                           channels);
+          }
+          clear(row + end * channels, (length - end) * channels);
+          for (int64_t tap = begin; tap < end; ++tap) present[u + tap] = true;
+        }
+      }
+    }
+    const int64_t pixels = last == first ? 0 : (last - 1)->at + (last - 1)->count - first_pixel;
+    for (int64_t pixel = pixels; pixel < plan.pixel_width; ++pixel)
+      clear(to + pixel * offsets * channels, offsets * channels);
+  }
+
+  static void clear(T* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+  }
+};
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv

@@ -1,0 +1,197 @@
+// What follows the gather product (gather_gemm.h): from the sums of a block to the target. Bias,
+// one rounding, phases back to their places.
+#pragma once
+
+#include "../reference/elements.h"
+#include "gather_pack.h"
+#include "interleave.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+template <class S>
+struct GatherStore {
+  using T = typename Arithmetic<S>::type;
+
+  const GatherPlan& plan;
+
+  // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN
+  // is computed again from the definition.
+  DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
+                           int64_t tiles, T* sums) const {
+    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
+                  pixels = tiles * plan.pixel_width;
+    bool clean = true;
+    for (const GatherClass& g : plan.classes) {
+      const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
+      const int64_t outer = plan.rows_across ? pixels : class_rows,
+                    inner = plan.rows_across ? class_rows : pixels;
+      for (int64_t i = 0; i < outer; ++i) {
+        const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, i)
+                                                 : plan.sum_at(g.first_row + i, 0));
+        int broken = 0;
+        for (int64_t j = 0; j < inner; ++j) broken |= line[j] != line[j];
+        clean &= broken == 0;
+      }
+    }
+    if (clean) return;
+    Params params = plan.params;
+    params.bias = nullptr;
+    const int64_t first = group * plan.rows + chunk * plan.row_chunk;
+    for_each_place(
+        chunk, runs, run_count,
+        [&](int64_t row, int64_t padded_row, const PixelRun& run, int64_t i, int64_t th,
+            int64_t tw) {
+          T& sum = sums[plan.sum_at(padded_row, run.at + i)];
+          if (sum == sum) return;
+          const int64_t n = plan.batch_innermost ? run.n + i : run.n;
+          sum = static_cast<T>(
+              plan.op == Op::kForward
+                  ? reference::forward_element<double, S>(params, n, first + row, th, tw)
+                  : reference::grad_input_element<double, S>(params, n, first + row, th, tw));
+        });
+  }
+
+  // Calls place(row within the chunk, padded row, run, index in the run, target h, target w) for
+  // every target of the block.
+  template <class Place>
+  void for_each_place(int64_t chunk, const PixelRun* runs, int64_t run_count,
+                      const Place& place) const {
+    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw)
+            for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+              const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
+              if (th < 0 || th >= plan.h.target) continue;
+              for (int64_t i = 0; i < run->count; ++i) {
+                const int64_t tw = (run->jw + (plan.batch_innermost ? 0 : i)) * plan.w.target_step +
+                                   w.first_phase + rw;
+                if (tw >= 0 && tw < plan.w.target)
+                  place(row, g.first_row + plan.row_of(h, w, rows, row, rh, rw), *run, i, th, tw);
+              }
+            }
+    }
+  }
+
+  T bias_of(int64_t row) const {
+    return plan.params.bias
+               ? convert<T>(static_cast<const S*>(plan.params.bias)[row * plan.params.bias_stride])
+               : T(0);
+  }
+
+  DECONV_PHASE void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
+                          const T* sums, T* bias) const {
+    const int64_t first = group * plan.rows + chunk * plan.row_chunk,
+                  rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
+    for (int64_t row = 0; row < rows; ++row) bias[row] = bias_of(first + row);
+    S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
+    if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
+      return store_interleaved(rows, runs, run_count, sums, bias, target);
+    if (plan.rows_across && plan.rows_by_phase)
+      return store_rows(rows, runs, run_count, sums, bias, target);
+    store_strided(rows, runs, run_count, sums, bias, target);
+  }
+
+  // Any strides: one pass a row, phase and run.
+  DECONV_PHASE void store_strided(int64_t rows, const PixelRun* runs, int64_t run_count,
+                                  const T* sums, const T* bias, S* target) const {
+    const int64_t from_step = plan.rows_across ? plan.sum_pitch() : 1;
+    const int64_t to_step =
+        plan.batch_innermost ? plan.target.stride[0] : plan.w.target_step * plan.target.stride[3];
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw) {
+            const T* line =
+                sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, row, rh, rw), 0);
+            for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+              const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh,
+                            tw = run->jw * plan.w.target_step + w.first_phase + rw;
+              if (th < 0 || th >= plan.h.target) continue;
+              const Range inside = targets_inside(*run, tw);
+              const T* from = line + (run->at + inside.begin) * from_step;
+              S* to = target + plan.target.at(run->n, row, th, tw) + inside.begin * to_step;
+              for (int64_t i = inside.begin; i < inside.end; ++i, from += from_step, to += to_step)
+                *to = convert<S>(*from + bias[row]);
+            }
+          }
+    }
+  }
+
+  // Which pixels of a run, whose first target is column tw, have their target inside.
+  Range targets_inside(const PixelRun& run, int64_t tw) const {
+    const int64_t step = plan.w.target_step;
+    if (plan.batch_innermost) return {0, tw >= 0 && tw < plan.w.target ? run.count : 0};
+    const int64_t begin = tw >= 0 ? 0 : (-tw + step - 1) / step;
+    const int64_t end =
+        tw >= plan.w.target ? 0 : min_of(run.count, (plan.w.target - 1 - tw) / step + 1);
+    return {min_of(begin, end), end};
+  }
+
+  // Pixels are lanes and the target's rows are contiguous: the phases of a row are interleaved, so
+  // that whole cache lines are written.
+  DECONV_PHASE void store_interleaved(int64_t rows, const PixelRun* runs, int64_t run_count,
+                                      const T* sums, const T* bias, S* target) const {
+    constexpr int64_t kMost = 64;  // phases handled at a time
+    const int64_t step = plan.w.target_step, first_phase = plan.w.classes[0].first_phase;
+    int64_t phases = 0;
+    for (const PhaseClass& w : plan.w.classes) phases += w.phases;
+    for (int64_t row = 0; row < rows; ++row)
+      for (size_t class_h = 0; class_h < plan.h.classes.size(); ++class_h)
+        for (int64_t rh = 0; rh < plan.h.classes[class_h].phases; ++rh)
+          for (int64_t p0 = 0; p0 < phases; p0 += kMost) {
+            const T* from[kMost];
+            const int64_t width = min_of(kMost, phases - p0);
+            int64_t phase = 0;
+            for (size_t class_w = 0; class_w < plan.w.classes.size(); ++class_w) {
+              const GatherClass& g = plan.classes[class_h * plan.w.classes.size() + class_w];
+              const PhaseClass &h = plan.h.classes[class_h], &w = plan.w.classes[class_w];
+              for (int64_t rw = 0; rw < w.phases; ++rw, ++phase)
+                if (phase >= p0 && phase < p0 + width)
+                  from[phase - p0] =
+                      sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, row, rh, rw), 0);
+            }
+            for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+              const int64_t th =
+                  run->jh * plan.h.target_step + plan.h.classes[class_h].first_phase + rh;
+              if (th < 0 || th >= plan.h.target) continue;
+              interleave(target + plan.target.at(run->n, row, th, 0),
+                         run->jw * step + first_phase + p0, step, plan.w.target, from, width,
+                         run->at, run->count, bias[row]);
+            }
+          }
+  }
+
+  // Rows are lanes and contiguous in the target (channels_last): one run of rows a pixel and phase.
+  DECONV_PHASE void store_rows(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums,
+                               const T* bias, S* target) const {
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      for (const PixelRun* run = runs; run < runs + run_count; ++run)
+        for (int64_t rh = 0; rh < h.phases; ++rh) {
+          const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
+          if (th < 0 || th >= plan.h.target) continue;
+          for (int64_t i = 0; i < run->count; ++i)
+            for (int64_t rw = 0; rw < w.phases; ++rw) {
+              const int64_t tw = (run->jw + (plan.batch_innermost ? 0 : i)) * plan.w.target_step +
+                                 w.first_phase + rw;
+              if (tw < 0 || tw >= plan.w.target) continue;
+              const T* from =
+                  sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, 0, rh, rw), run->at + i);
+              S* __restrict to =
+                  target + plan.target.at(plan.batch_innermost ? run->n + i : run->n, 0, th, tw);
+              for (int64_t row = 0; row < rows; ++row) to[row] = convert<S>(from[row] + bias[row]);
+            }
+        }
+    }
+  }
+};
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv
