@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from deconv_ext.functional import conv_transpose2d
 from deconv_ext.testing import LAYOUTS, relayout
 
-SETTINGS = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBERS = st.integers(-1, 4)
 ANYTHING = st.one_of(
     NUMBERS,
