@@ -156,6 +156,8 @@ deconv::Dtype dtype_of(const Tensor& t) {
 // From tensors to Params and back.
 
 deconv::TensorRef ref(const Tensor& t) {
+  TORCH_CHECK(t.has_storage() && t.data_ptr() != nullptr,
+              "Expected tensors with memory of their own, but got a ", t.toString(), " without");
   return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
