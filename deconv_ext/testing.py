@@ -15,7 +15,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "negative", "c
 
 
 class Operands(NamedTuple):
-    """Tensors of one problem: x [N, C_in, H, W], w [C_in, C_out/groups, kH, kW], bias [C_out], dy like y."""
+    """x [N, C_in, H, W], w [C_in, C_out/groups, kH, kW], bias [C_out], dy [N, C_out, OH, OW]."""
 
     x: Tensor
     w: Tensor
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes and arguments of one 2-D transposed convolution; lengths in elements, pairs are (h, w)."""
+    """Sizes and arguments of one 2-D transposed convolution, in elements; pairs are (h, w)."""
 
     name: str
     batch: int
@@ -117,7 +117,7 @@ class Case:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of `forward`, and of either gradient; taps that fall outside do not count."""
+        """Multiply-adds of `forward`, or of a gradient; taps that fall outside do not count."""
         pairs = 1
         for axis in (0, 1):
             reach = range(self.output_size[axis])
@@ -130,7 +130,7 @@ class Case:
         return self.batch * self.c_in * (self.c_out // self.groups) * pairs
 
     def min_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that any implementation moves: x, w and y once each (the same for both gradients)."""
+        """Bytes that any implementation moves: x, w and y once each, in either direction."""
         elements = 0
         for shape in (self.x_shape, self.w_shape, self.y_shape):
             elements += shape[0] * shape[1] * shape[2] * shape[3]
@@ -158,7 +158,8 @@ class Case:
         """Random tensors, the same for the same seed whatever the dtype and the layout.
 
         Normally distributed; with `exact`, integers from -16 to 16, so that every sum of fewer than
-        2^16 products is exact in float32, and only the last rounding to `dtype` can change it. x, w and dy are arranged as `layout` says, see `LAYOUTS`.
+        2^16 products is exact in float32, and only the last rounding to `dtype` can change it.
+        x, w and dy are arranged as `layout` says, see `LAYOUTS`.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -195,7 +196,7 @@ def make_case(
         return (value, value) if isinstance(value, int) else value
 
     if isinstance(padding, int) or len(padding) == 2:
-        top, left = pair(padding)  # type: ignore[arg-type]
+        top, left = pair(padding)
         padding = top, top, left, left
     return Case(
         name,
@@ -238,11 +239,17 @@ def load_layers(batch: str = "cpu") -> tuple[Case, ...]:
     """The layers of layers.csv, with the batch that suits a "cpu" or a "gpu"."""
 
     def read(row: dict[str, str]) -> Case:
+        number = {key: int(value) for key, value in row.items() if value.isdigit()}
         return make_case(
             row["name"],
-            (int(row[f"batch_{batch}"]), int(row["c_in"]), int(row["h"]), int(row["w"])),
-            *(int(row[key]) for key in ("c_out", "kernel", "stride", "padding")),
-            *(int(row[key]) for key in ("output_padding", "dilation", "groups")),
+            (number[f"batch_{batch}"], number["c_in"], number["h"], number["w"]),
+            number["c_out"],
+            number["kernel"],
+            number["stride"],
+            number["padding"],
+            number["output_padding"],
+            number["dilation"],
+            number["groups"],
             note=row["model"],
             kind=row["class"],
         )
@@ -253,7 +260,7 @@ def load_layers(batch: str = "cpu") -> tuple[Case, ...]:
 
 LAYERS = load_layers()
 
-# Every kind of arithmetic in the index equations: (kernel, stride, padding, output_padding, dilation).
+# Every kind of index arithmetic: (kernel, stride, padding, output_padding, dilation).
 _GEOMETRIES = (
     (1, 1, 0, 0, 1),
     (2, 2, 0, 0, 1),
@@ -268,75 +275,88 @@ _GEOMETRIES = (
 
 
 def _tiny() -> Iterator[Case]:
-    """Each of c_in, c_out, h and w over every size that can be the tail of a tile, the others small."""
+    """c_in, c_out, h and w in turn over all sizes that can be the tail of a tile."""
+
+    def small(name: str, shape: Sides, c_out: int, index: int, groups: int = 1) -> Case:
+        geometry = _GEOMETRIES[index % len(_GEOMETRIES)]
+        return dataclasses.replace(make_case(name, shape, c_out, *geometry), groups=groups)
+
     sizes = (*range(1, 20), 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
     for axis, name in enumerate(("c_in", "c_out", "h", "w")):
-        for index, size in enumerate(sizes):
-            kernel, stride, *rest = _GEOMETRIES[(index + axis) % len(_GEOMETRIES)]
-            c_in, c_out, h, w = (size if i == axis else 2 + (index + i) % 4 for i in range(4))
-            yield make_case(f"{name}={size}", (1 + index % 3, c_in, h, w), c_out, kernel, stride, *rest)
-    for index, channels in enumerate((1, 2, 7, 8, 9, 16, 17, 33)):
+        for i, size in enumerate(sizes):
+            c_in, c_out, h, w = (size if j == axis else 2 + (i + j) % 4 for j in range(4))
+            yield small(f"{name}={size}", (1 + i % 3, c_in, h, w), c_out, i + axis)
+    for i, channels in enumerate((1, 2, 7, 8, 9, 16, 17, 33)):
         for multiplier in (1, 2, 3):
-            kernel, stride, *rest = _GEOMETRIES[(index + multiplier) % len(_GEOMETRIES)]
-            shape = 2, channels, 3 + index, 9 - index
-            name = f"depthwise={channels}x{multiplier}"
-            yield make_case(name, shape, channels * multiplier, kernel, stride, *rest, groups=channels)
+            name, shape = f"depthwise={channels}x{multiplier}", (2, channels, 3 + i, 9 - i)
+            yield small(name, shape, channels * multiplier, i + multiplier, channels)
 
 
 TINY = tuple(_tiny())
 
+_EDGES: tuple[tuple[str, Any, int, str], ...] = (  # name, for make_case, groups, why
+    ("k1_s2", ((2, 3, 4, 5), 4, 1, 2), 1, "three of four phases have no tap: bias alone"),
+    ("k2_s5", ((1, 2, 3, 3), 3, 2, 5, 0, 4), 1, "kernel < stride, and a tail from output_padding"),
+    ("k1_s3_pad", ((1, 2, 4, 4), 2, 1, 3, 1, 2), 1, "the first rows and columns have no tap"),
+    (
+        "pad_is_kernel",
+        ((2, 3, 6, 6), 3, 3, 2, 3),
+        1,
+        "padding >= kernel: whole pixels cropped away",
+    ),
+    ("pad_beyond_kernel", ((1, 2, 9, 8), 2, 2, 2, 5), 1, "some input pixels reach no output"),
+    ("one_output", ((2, 3, 3, 3), 4, 3, 1, 2), 1, "a single output pixel"),
+    ("output_padding", ((1, 3, 4, 4), 2, 3, 3, 0, 2), 1, "rows beyond the last tap"),
+    ("output_padding_dilation", ((1, 2, 3, 3), 2, 2, 1, 0, 3, 4), 1, "output_padding >= stride"),
+    ("dilation", ((2, 3, 5, 5), 4, 3, 1, 2, 0, 2), 1, "dilation with stride 1"),
+    ("dilation_2_stride_2", ((2, 3, 5, 4), 4, 3, 2, 2, 1, 2), 1, "odd phases have no tap"),
+    ("dilation_2_stride_4", ((1, 3, 4, 5), 4, 5, 4, 3, 1, 2), 1, "gcd 2: half of the phases"),
+    ("dilation_4_stride_2", ((1, 3, 5, 4), 4, 3, 2, 4, 1, 4), 1, "stride divides dilation"),
+    ("dilation_6_stride_4", ((1, 2, 5, 5), 3, 4, 4, 5, 3, 6), 1, "gcd 2, neither divides"),
+    ("dilation_3_stride_2", ((1, 2, 5, 5), 3, 4, 2, 1, 0, 3), 1, "coprime, phases in odd order"),
+    ("one_pixel", ((2, 5, 1, 1), 3, 4, 1), 1, "1x1 input: kernel becomes the image"),
+    ("one_pixel_dilated", ((1, 4, 1, 1), 1, 3, 1, 0, 1, 2), 1, "1x1 input, all of dy is halo"),
+    ("one_column", ((1, 3, 7, 1), 4, (3, 5), (2, 3), (1, 2), (1, 0)), 1, "a width of 1"),
+    ("one_row", ((1, 3, 1, 7), 4, (5, 3), (3, 2), (2, 1), (0, 1)), 1, "a height of 1"),
+    ("odd_channels", ((3, 13, 5, 7), 11, 3, 2, 1, 1), 1, "no channel count fits a vector"),
+    ("one_channel", ((2, 1, 6, 5), 1, 4, 2, 1), 1, "c_in = c_out = 1: NCHW is channels_last"),
+    ("c_out_1", ((1, 56, 7, 9), 1, 9, 2, 4, 1), 1, "many inputs, one output"),
+    ("c_in_1", ((2, 1, 7, 5), 19, 5, 2, 2), 1, "one input, many outputs"),
+    ("groups_2", ((2, 6, 4, 5), 10, 3, 2, 1), 2, "different channels in and out"),
+    ("groups_c_out_1", ((1, 6, 4, 4), 3, 4, 2, 1), 3, "one output channel in a group"),
+    ("groups_wide", ((1, 40, 4, 4), 70, 3, 2, 1, 1), 2, "tails inside each group"),
+    ("depthwise", ((2, 19, 6, 7), 19, 4, 2, 1), 19, "one channel in and out"),
+    ("depthwise_8x8_s4", ((1, 6, 9, 8), 6, 8, 4, 2), 6, "a large depthwise kernel"),
+    ("depthwise_multiplier", ((2, 5, 6, 5), 15, 3, 2, 1, 1), 5, "3 outputs a channel"),
+    ("depthwise_dilated", ((2, 7, 6, 5), 7, 3, 2, 2, 1, 2), 7, "dilation, gcd 2"),
+    ("depthwise_gaps", ((1, 8, 5, 6), 8, 2, 3, 0, 1), 8, "phases without taps"),
+    ("batch_0", ((0, 3, 4, 5), 4, 3, 2, 1), 1, "nothing to do, but dw and db must be 0"),
+    ("batch_many", ((17, 3, 2, 3), 4, 3, 2, 1), 1, "more samples than pixels"),
+    (
+        "rectangular",
+        ((2, 3, 4, 7), 5, (2, 5), (3, 2), (1, 2), (2, 1), (2, 1)),
+        1,
+        "h and w swapped",
+    ),
+    ("asymmetric", ((2, 3, 5, 6), 4, 3, 2, (0, 1, 1, 0)), 1, "another crop on each side"),
+    ("asymmetric_top", ((1, 3, 5, 5), 2, 4, 2, (3, 0, 0, 2), (1, 0)), 1, "crop on one side only"),
+    ("asymmetric_groups", ((1, 4, 5, 5), 6, 5, 3, (4, 1, 0, 3)), 2, "with groups"),
+    ("asymmetric_depthwise", ((2, 9, 5, 4), 9, 3, 2, (0, 1, 2, 0)), 9, "depthwise"),
+    ("kernel_is_image", ((1, 3, 4, 4), 2, 16, 16), 1, "large stride: 256 phases of one tap"),
+    ("large_kernel", ((1, 2, 3, 4), 3, 31, 7, 11, 5), 1, "many taps a phase, most in the halo"),
+    ("long_row", ((1, 2, 1, 300), 3, (1, 4), (1, 2), (0, 1)), 1, "several tiles in a row"),
+    ("long_reduction", ((1, 700, 3, 2), 5, 3, 2, 1, 1), 1, "several blocks of input channels"),
+    ("many_outputs", ((1, 3, 2, 3), 530, 3, 2, 1, 1), 1, "several blocks of output channels"),
+    ("many_pixels", ((2, 3, 40, 37), 2, 3, 2, 1, 1), 1, "dw is a sum over many pixels"),
+)
 EDGE = tuple(
-    make_case(name, *arguments, note=note, **options)  # type: ignore[arg-type]
-    for name, arguments, options, note in (
-        ("k1_s2", ((2, 3, 4, 5), 4, 1, 2), {}, "three of four phases have no tap: bias alone"),
-        ("k2_s5", ((1, 2, 3, 3), 3, 2, 5, 0, 4), {}, "kernel < stride, and a tail from output_padding"),
-        ("k1_s3_pad", ((1, 2, 4, 4), 2, 1, 3, 1, 2), {}, "the first rows and columns have no tap"),
-        ("pad_is_kernel", ((2, 3, 6, 6), 3, 3, 2, 3), {}, "padding >= kernel: whole pixels cropped away"),
-        ("pad_beyond_kernel", ((1, 2, 9, 8), 2, 2, 2, 5), {}, "some input pixels reach no output"),
-        ("one_output", ((2, 3, 3, 3), 4, 3, 1, 2), {}, "a single output pixel"),
-        ("output_padding", ((1, 3, 4, 4), 2, 3, 3, 0, 2), {}, "rows beyond the last tap"),
-        ("output_padding_dilation", ((1, 2, 3, 3), 2, 2, 1, 0, 3, 4), {}, "output_padding >= stride"),
-        ("dilation", ((2, 3, 5, 5), 4, 3, 1, 2, 0, 2), {}, "dilation with stride 1"),
-        ("dilation_2_stride_2", ((2, 3, 5, 4), 4, 3, 2, 2, 1, 2), {}, "odd phases have no tap"),
-        ("dilation_2_stride_4", ((1, 3, 4, 5), 4, 5, 4, 3, 1, 2), {}, "gcd 2: half of the phases"),
-        ("dilation_4_stride_2", ((1, 3, 5, 4), 4, 3, 2, 4, 1, 4), {}, "stride divides dilation"),
-        ("dilation_6_stride_4", ((1, 2, 5, 5), 3, 4, 4, 5, 3, 6), {}, "gcd 2, neither divides"),
-        ("dilation_3_stride_2", ((1, 2, 5, 5), 3, 4, 2, 1, 0, 3), {}, "coprime, phases in odd order"),
-        ("one_pixel", ((2, 5, 1, 1), 3, 4, 1), {}, "1x1 input: kernel becomes the image"),
-        ("one_pixel_dilated", ((1, 4, 1, 1), 1, 3, 1, 0, 1, 2), {}, "1x1 input, all of dy is halo"),
-        ("one_column", ((1, 3, 7, 1), 4, (3, 5), (2, 3), (1, 2), (1, 0)), {}, "a width of 1"),
-        ("one_row", ((1, 3, 1, 7), 4, (5, 3), (3, 2), (2, 1), (0, 1)), {}, "a height of 1"),
-        ("odd_channels", ((3, 13, 5, 7), 11, 3, 2, 1, 1), {}, "no channel count fits a vector"),
-        ("one_channel", ((2, 1, 6, 5), 1, 4, 2, 1), {}, "c_in = c_out = 1: NCHW is channels_last"),
-        ("c_out_1", ((1, 56, 7, 9), 1, 9, 2, 4, 1), {}, "many inputs, one output"),
-        ("c_in_1", ((2, 1, 7, 5), 19, 5, 2, 2), {}, "one input, many outputs"),
-        ("groups_2", ((2, 6, 4, 5), 10, 3, 2, 1), {"groups": 2}, "different channels in and out"),
-        ("groups_c_out_1", ((1, 6, 4, 4), 3, 4, 2, 1), {"groups": 3}, "one output channel in a group"),
-        ("groups_wide", ((1, 40, 4, 4), 70, 3, 2, 1, 1), {"groups": 2}, "tails inside each group"),
-        ("depthwise", ((2, 19, 6, 7), 19, 4, 2, 1), {"groups": 19}, "one channel in and out"),
-        ("depthwise_8x8_s4", ((1, 6, 9, 8), 6, 8, 4, 2), {"groups": 6}, "a large depthwise kernel"),
-        ("depthwise_multiplier", ((2, 5, 6, 5), 15, 3, 2, 1, 1), {"groups": 5}, "3 outputs a channel"),
-        ("depthwise_dilated", ((2, 7, 6, 5), 7, 3, 2, 2, 1, 2), {"groups": 7}, "dilation, gcd 2"),
-        ("depthwise_gaps", ((1, 8, 5, 6), 8, 2, 3, 0, 1), {"groups": 8}, "phases without taps"),
-        ("batch_0", ((0, 3, 4, 5), 4, 3, 2, 1), {}, "nothing to do, but dw and db must be 0"),
-        ("batch_many", ((17, 3, 2, 3), 4, 3, 2, 1), {}, "more samples than pixels"),
-        ("rectangular", ((2, 3, 4, 7), 5, (2, 5), (3, 2), (1, 2), (2, 1), (2, 1)), {}, "h and w swapped"),
-        ("asymmetric", ((2, 3, 5, 6), 4, 3, 2, (0, 1, 1, 0)), {}, "another crop on each side"),
-        ("asymmetric_top", ((1, 3, 5, 5), 2, 4, 2, (3, 0, 0, 2), (1, 0)), {}, "crop on one side only"),
-        ("asymmetric_groups", ((1, 4, 5, 5), 6, 5, 3, (4, 1, 0, 3)), {"groups": 2}, "with groups"),
-        ("asymmetric_depthwise", ((2, 9, 5, 4), 9, 3, 2, (0, 1, 2, 0)), {"groups": 9}, "depthwise"),
-        ("kernel_is_image", ((1, 3, 4, 4), 2, 16, 16), {}, "large stride: 256 phases of one tap"),
-        ("large_kernel", ((1, 2, 3, 4), 3, 31, 7, 11, 5), {}, "many taps a phase, most in the halo"),
-        ("long_row", ((1, 2, 1, 300), 3, (1, 4), (1, 2), (0, 1)), {}, "several tiles in a row"),
-        ("long_reduction", ((1, 700, 3, 2), 5, 3, 2, 1, 1), {}, "several blocks of input channels"),
-        ("many_outputs", ((1, 3, 2, 3), 530, 3, 2, 1, 1), {}, "several blocks of output channels"),
-        ("many_pixels", ((2, 3, 40, 37), 2, 3, 2, 1, 1), {}, "dw is a sum over many pixels"),
-    )
+    dataclasses.replace(make_case(name, *arguments), groups=groups, note=note)
+    for name, arguments, groups, note in _EDGES
 )
 
 
 def random_case(seed: int) -> Case:
-    """A small legal problem with at least one output, drawn from all that torch accepts, and more."""
+    """A small legal problem with at least one output, also of kinds that torch cannot express."""
     rng = random.Random(seed)
 
     def two(high: int, low: int = 1) -> Pair:
@@ -347,12 +367,20 @@ def random_case(seed: int) -> Case:
         c_in, c_out = (groups * size for size in two(rng.choice((1, 3, 9, 20))))
         shape = rng.randint(1, 3), c_in, *two(rng.choice((2, 6, 12)))
         kernel, stride, dilation = two(5), two(4), two(rng.choice((1, 1, 4)))
-        extra = tuple(rng.randrange(max(s, d)) for s, d in zip(stride, dilation))
+        extra_h, extra_w = (rng.randrange(max(s, d)) for s, d in zip(stride, dilation))
         padding: Pair | Sides = two(3, 0)
         if rng.random() < 0.3:
             padding = (*two(3, 0), *two(3, 0))
         case = make_case(
-            f"random_{seed}", shape, c_out, kernel, stride, padding, extra, dilation, groups  # type: ignore[arg-type]
+            f"random_{seed}",
+            shape,
+            c_out,
+            kernel,
+            stride,
+            padding,
+            (extra_h, extra_w),
+            dilation,
+            groups,
         )
         if min(case.output_size) > 0:
             return case

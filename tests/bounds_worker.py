@@ -8,10 +8,10 @@ import faulthandler
 import sys
 
 import torch
-from support import C, OPERATIONS, assert_equal, cast, dtype_name, exact, run_if_accepted, use_isa
+from deconv_ext.testing import EDGE, TINY, Operands, random_case
 from torch import Tensor
 
-from deconv_ext.testing import EDGE, TINY, Operands, random_case
+from support import OPERATIONS, C, assert_equal, cast, dtype_name, exact, run_if_accepted, use_isa
 
 HEAP = ctypes.CDLL(sys.argv[1])
 HEAP.guarded_block.restype = ctypes.c_void_p

@@ -9,9 +9,8 @@ Pairs (i, k) whose output does not exist contribute nothing, not even NaN to a z
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
-
 from deconv_ext.testing import Case
+from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 Slices = tuple[slice, slice]
@@ -45,7 +44,7 @@ def _taps(case: Case) -> Iterator[tuple[Slices, Slices, Slices]]:
 
 
 def _grouped(case: Case, x: Array, w: Array, y: Array) -> tuple[Array, Array, Array]:
-    """Views with an axis for the groups: x [N, G, C, H, W], w [G, C, D, kH, kW], y [N, G, D, OH, OW]."""
+    """With an axis for the groups: x [N, G, C, H, W], w [G, C, D, kH, kW], y [N, G, D, OH, OW]."""
     channels = case.c_in // case.groups, case.c_out // case.groups
     return (
         x.reshape(case.batch, case.groups, channels[0], *case.input_size),

@@ -1,4 +1,4 @@
-"""What the tests of the binary module share: the operations by name, their definitions and torch's."""
+"""What the tests of the binary module share: the operations, their definitions and torch's."""
 
 import functools
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
+from deconv_ext.build import extension
+from deconv_ext.testing import Case, Operands, relayout
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from deconv_ext.build import extension
-from deconv_ext.testing import Case, Operands, relayout
+import reference
 
 C = extension()
 OPERATIONS = ("forward", "grad_input", "grad_weight")
@@ -75,7 +75,9 @@ def define_wide(op: str, case: Case, t: Operands, wide: DTypeLike) -> NDArray[An
 def define(op: str, case: Case, t: Operands) -> Tensor:
     """The operation by its definition, in float64, complex128 or int64."""
     wide = np.complex128 if t.w.is_complex() else np.float64
-    return torch.from_numpy(define_wide(op, case, t, np.int64 if t.w.dtype == torch.int64 else wide))
+    return torch.from_numpy(
+        define_wide(op, case, t, np.int64 if t.w.dtype == torch.int64 else wide)
+    )
 
 
 def run_torch(op: str, case: Case, t: Operands) -> Tensor:
@@ -90,8 +92,10 @@ def run_torch(op: str, case: Case, t: Operands) -> Tensor:
 
 @functools.cache
 def exact(case: Case, is_complex: bool) -> tuple[Operands, dict[str, Tensor]]:
-    """Operands of small integers, as int64 or complex128, and the exact result of each operation."""
-    t = case.operands(sum(map(ord, case.name)), torch.complex128 if is_complex else torch.int64, exact=True)
+    """Operands of small integers, as int64 or complex128, and the exact result of each."""
+    t = case.operands(
+        sum(map(ord, case.name)), torch.complex128 if is_complex else torch.int64, exact=True
+    )
     return t, {op: define(op, case, t) for op in OPERATIONS}
 
 
@@ -115,7 +119,7 @@ def assert_same_bits(got: Tensor, want: Tensor, what: object) -> None:
 
 
 def assert_equal(got: Tensor, want: Tensor, what: object) -> None:
-    """Equal numbers (NaN equals NaN, 0 equals -0), dtype and shape; else tells the first difference."""
+    """Equal numbers (NaN equals NaN, 0 equals -0), dtype, shape; else the first difference."""
     assert got.dtype == want.dtype and got.shape == want.shape, (
         f"{what}: got {got.dtype} {tuple(got.shape)}, want {want.dtype} {tuple(want.shape)}"
     )

@@ -14,11 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from support import FLOATS, OPERATIONS, C, define_wide, dtype_name, each_dtype
-from support import implementations, run, run_if_accepted, run_torch, use_isa
-
 from deconv_ext.testing import LAYERS, Case, Operands, make_case
+from numpy.typing import NDArray
+
+from support import (
+    FLOATS,
+    OPERATIONS,
+    C,
+    define_wide,
+    dtype_name,
+    each_dtype,
+    implementations,
+    run,
+    run_if_accepted,
+    run_torch,
+    use_isa,
+)
 
 LARGE = [layer.reduced(1_500_000) for layer in LAYERS]
 # A few where sums are long, to force every implementation through.
@@ -58,7 +69,11 @@ Problem = tuple[Operands, NDArray[Any], torch.Tensor]
 def problem(op: str, case: Case, dtype: torch.dtype, seed: int) -> Problem:
     """Operands, the definition with more digits than the dtype has, and torch's result."""
     t = case.operands(seed, dtype)
-    wide = {torch.float64: np.longdouble, torch.complex128: np.clongdouble, torch.complex64: np.complex128}
+    wide = {
+        torch.float64: np.longdouble,
+        torch.complex128: np.clongdouble,
+        torch.complex64: np.complex128,
+    }
     return t, define_wide(op, case, t, wide.get(dtype, np.float64)), run_torch(op, case, t)
 
 
@@ -103,7 +118,9 @@ def test_long_sums(op: str, algo: str, isa: str, dtype: torch.dtype, seed: int) 
 def long_problems(op: str, dtype: torch.dtype) -> list[tuple[Operands, NDArray[Any]]]:
     """Operands and results of `LONG`, the same for every implementation."""
     layouts = ("contiguous" if case.groups == 1 else "channels_last" for case in LONG)
-    operands = [case.operands(i, dtype, layout) for i, (case, layout) in enumerate(zip(LONG, layouts))]
+    operands = [
+        case.operands(i, dtype, layout) for i, (case, layout) in enumerate(zip(LONG, layouts))
+    ]
     return [(t, define_wide(op, case, t, np.longdouble)) for case, t in zip(LONG, operands)]
 
 

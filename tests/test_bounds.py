@@ -11,10 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import C, DTYPES, assert_equal, cast, dtype_name, each_dtype, exact, implementations
-from support import run_if_accepted, use_isa
-
 from deconv_ext.testing import EDGE, TINY
+
+from support import (
+    DTYPES,
+    C,
+    assert_equal,
+    cast,
+    dtype_name,
+    each_dtype,
+    exact,
+    implementations,
+    run_if_accepted,
+    use_isa,
+)
 
 HERE = Path(__file__).parent
 
@@ -53,7 +63,11 @@ def test_kernels_touch_only_their_own(heap: Path, isa: str, edge: str) -> None:
 @pytest.mark.parametrize("mistake", ("read", "write", "uninitialised"))
 def test_the_heap_finds_mistakes(heap: Path, mistake: str, edge: str) -> None:
     done = work(heap, edge, "planted", mistake)
-    clues = {"read": "Segmentation fault", "write": "overrun", "uninitialised": "fresh memory is NaN"}
+    clues = {
+        "read": "Segmentation fault",
+        "write": "overrun",
+        "uninitialised": "fresh memory is NaN",
+    }
     assert done.returncode != 0 and clues[mistake] in done.stderr, done
 
 

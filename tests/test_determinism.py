@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from support import DTYPES, FLOATS, OPERATIONS, C, assert_same_bits, each_dtype, implementations
-from support import run, run_if_accepted, use_isa, use_threads
-
 from deconv_ext.testing import LAYERS, Case, Operands, make_case
+
+from support import (
+    DTYPES,
+    FLOATS,
+    OPERATIONS,
+    C,
+    assert_same_bits,
+    each_dtype,
+    implementations,
+    run,
+    run_if_accepted,
+    use_isa,
+    use_threads,
+)
 
 #: The layer of a report that two identical forward calls differ.
 REPORTED = make_case("compression_192", (1, 192, 19, 27), 192, 5, 2)
@@ -60,7 +71,9 @@ def test_a_sample_alone_and_in_a_batch(
             for index in range(case.batch):
                 alone = run(op, case, sample(t, index), algo)
                 assert_same_bits(alone, batch[index : index + 1], (case, index))
-            same = t._replace(x=t.x.expand_as(t.x), dy=t.dy.clone(memory_format=torch.preserve_format))
+            same = t._replace(
+                x=t.x.expand_as(t.x), dy=t.dy.clone(memory_format=torch.preserve_format)
+            )
             assert_same_bits(run(op, case, same, algo), batch, case)
 
 

@@ -2,10 +2,23 @@
 
 import pytest
 import torch
-from support import DTYPES, OPERATIONS, C, assert_equal, cast, define, each_dtype, exact
-from support import implementations, run, run_if_accepted, run_torch, use_isa
-
 from deconv_ext.testing import make_case
+
+from support import (
+    DTYPES,
+    OPERATIONS,
+    C,
+    assert_equal,
+    cast,
+    define,
+    each_dtype,
+    exact,
+    implementations,
+    run,
+    run_if_accepted,
+    run_torch,
+    use_isa,
+)
 
 CASE = make_case("all_features", (2, 6, 5, 4), 9, (3, 4), (2, 3), (1, 0), (1, 2), (2, 1), 3)
 #: The layer of a report that half precision differs by 736 between two devices.
@@ -81,7 +94,11 @@ def test_complex_is_linear_in_each_operand(op: str, dtype: torch.dtype) -> None:
     """i*x gives i*y, for both operands: parts are not swapped, and nothing is conjugated."""
     t = cast(exact(CASE, True)[0], dtype)._replace(bias=torch.zeros(9, dtype=dtype))
     y = run(op, CASE, t)
-    assert_equal(run(op, CASE, t._replace(x=1j * t.x, dy=t.dy if op != "grad_input" else 1j * t.dy)), 1j * y, op)
+    assert_equal(
+        run(op, CASE, t._replace(x=1j * t.x, dy=t.dy if op != "grad_input" else 1j * t.dy)),
+        1j * y,
+        op,
+    )
     other = t._replace(dy=1j * t.dy) if op == "grad_weight" else t._replace(w=1j * t.w)
     assert_equal(run(op, CASE, other), 1j * y, op)
 

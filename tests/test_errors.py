@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+
 from support import C
 
-GEOMETRY = dict(stride=(2, 2), padding=(1, 1, 1, 1), output_padding=(0, 0), dilation=(1, 1), groups=1)
+GEOMETRY = dict(
+    stride=(2, 2), padding=(1, 1, 1, 1), output_padding=(0, 0), dilation=(1, 1), groups=1
+)
 X, W, BIAS, DY = (2, 4, 5, 5), (4, 6, 3, 3), (6,), (2, 6, 9, 9)
 
 
 def forward(x=X, w=W, bias=BIAS, **changed):
-    tensors = (t if isinstance(t, torch.Tensor) or t is None else torch.ones(t) for t in (x, w, bias))
+    tensors = (
+        t if isinstance(t, torch.Tensor) or t is None else torch.ones(t) for t in (x, w, bias)
+    )
     return C.forward(*tensors, **{**GEOMETRY, **changed})
 
 
@@ -35,11 +40,17 @@ def test_the_unchanged_arguments_are_accepted() -> None:
         ({"stride": (2, -1)}, r"non-positive stride is not supported.*\[2, -1\]"),
         ({"padding": (0, -1, 0, 0)}, r"negative padding is not supported.*\[0, -1, 0, 0\]"),
         ({"output_padding": (-1, 0)}, r"negative output_padding is not supported.*\[-1, 0\]"),
-        ({"output_padding": (0, 2)}, r"output padding must be smaller than either stride or dil.*\[0, 2\]"),
+        (
+            {"output_padding": (0, 2)},
+            r"output padding must be smaller than either stride or dil.*\[0, 2\]",
+        ),
         ({"dilation": (1, 0)}, r"dilation should be greater than zero.*\[1, 0\]"),
         ({"groups": 0}, "non-positive groups is not supported"),
         ({"groups": -2}, "non-positive groups is not supported"),
-        ({"padding": (6, 6, 0, 0)}, r"output size per channel: \(-1 x 11\). Output size is too small"),
+        (
+            {"padding": (6, 6, 0, 0)},
+            r"output size per channel: \(-1 x 11\). Output size is too small",
+        ),
         ({"stride": (1 << 62, 1)}, r"overflow.*height 5.*stride 4611686018427387904"),
         ({"dilation": (1, 1 << 61)}, r"overflow.*width 5.*dilation 2305843009213693952"),
         ({"padding": (1 << 62, 1 << 62, 0, 0)}, "overflow.*padding"),
@@ -57,18 +68,38 @@ def test_arguments(call, changed: dict, message: str) -> None:
     (
         (forward, {"x": (4, 5, 5)}, r"Expected 4D \(batched\) input.*\[4, 5, 5\]"),
         (forward, {"w": (4, 6, 3)}, r"4-dimensional weight.*\[4, 6, 3\]"),
-        (forward, {"w": (5, 6, 3, 3)}, r"weight of size \[5, 6, 3, 3\].* to have 5 channels, but got 4"),
+        (
+            forward,
+            {"w": (5, 6, 3, 3)},
+            r"weight of size \[5, 6, 3, 3\].* to have 5 channels, but got 4",
+        ),
         (forward, {"w": (4, 6, 0, 3)}, "kernel size should be greater than zero.*kernel_height: 0"),
-        (forward, {"w": (0, 6, 3, 3), "x": (2, 0, 5, 5)}, r"expected weight to be at least 1 at dim.*0"),
+        (
+            forward,
+            {"w": (0, 6, 3, 3), "x": (2, 0, 5, 5)},
+            r"expected weight to be at least 1 at dim.*0",
+        ),
         (forward, {"w": (4, 0, 3, 3), "bias": (0,)}, r"non-empty weight.*\[4, 0, 3, 3\]"),
         (forward, {"groups": 3}, r"groups=3.*divisible by 3 at dimension 0.*\[4, 6, 3, 3\]"),
         (forward, {"groups": 8}, r"groups=8.*at least 8 at dimension 0.*\[4, 6, 3, 3\]"),
         (forward, {"bias": (5,)}, r"bias to be 1-dimensional with 6 elements.*\[5\]"),
         (forward, {"bias": (6, 1)}, r"bias to be 1-dimensional with 6 elements.*\[6, 1\]"),
         (forward, {"x": (2, 4, 0, 5)}, "Only zero batch or zero channel inputs are supported"),
-        (forward, {"w": torch.ones(W).double()}, r"Input type \(Float\) and weight type \(Double\)"),
-        (forward, {"bias": torch.ones(BIAS).half()}, r"Input type \(Float\) and bias type \(Half\)"),
-        (forward, {"w": torch.ones(W, device="meta")}, "same device.*input is on cpu.*weight is on meta"),
+        (
+            forward,
+            {"w": torch.ones(W).double()},
+            r"Input type \(Float\) and weight type \(Double\)",
+        ),
+        (
+            forward,
+            {"bias": torch.ones(BIAS).half()},
+            r"Input type \(Float\) and bias type \(Half\)",
+        ),
+        (
+            forward,
+            {"w": torch.ones(W, device="meta")},
+            "same device.*input is on cpu.*weight is on meta",
+        ),
         (grad_input, {"dy": (2, 6, 9, 8)}, r"grad_output of size \[2, 6, 9, 9\].*\[2, 6, 9, 8\]"),
         (grad_input, {"dy": (2, 5, 9, 9)}, r"grad_output of size \[2, 6, 9, 9\].*\[2, 5, 9, 9\]"),
         (grad_input, {"dy": (6, 9, 9)}, r"grad_output.*\[6, 9, 9\]"),
@@ -89,7 +120,9 @@ def test_grad_bias_wants_four_dimensions() -> None:
         C.grad_bias(torch.ones(6, 9, 9))
 
 
-@pytest.mark.parametrize("algo", [name for name in C.list_algorithms("forward") if name != "reference"])
+@pytest.mark.parametrize(
+    "algo", [name for name in C.list_algorithms("forward") if name != "reference"]
+)
 def test_a_forced_algorithm_says_what_it_cannot_take(algo: str) -> None:
     integers = [torch.ones(shape, dtype=torch.int64) for shape in (X, W)]
     with pytest.raises(RuntimeError, match=f"algo='{algo}' cannot take this problem: .*dtype"):

@@ -1,4 +1,4 @@
-"""Integers small enough to be exact come out exact: every algorithm, instruction set, dtype, layout.
+"""Integers come out exact, for every algorithm, instruction set, dtype and layout.
 
 The operands are integers of at most 16, so float32 sums them without error and only the rounding of
 the result to its dtype may act, once: `definition.to(dtype)` is the one right answer.
@@ -8,10 +8,20 @@ import itertools
 
 import pytest
 import torch
-from support import C, assert_equal, cast, dtype_name, each_dtype, exact, implementations
-from support import run, run_if_accepted, use_isa
-
 from deconv_ext.testing import EDGE, TINY, random_case
+
+from support import (
+    C,
+    assert_equal,
+    cast,
+    dtype_name,
+    each_dtype,
+    exact,
+    implementations,
+    run,
+    run_if_accepted,
+    use_isa,
+)
 
 CASES = (*TINY, *EDGE, *(random_case(seed) for seed in range(80)))
 
@@ -37,8 +47,10 @@ def test_exact(op: str, algo: str, isa: str, dtype: torch.dtype) -> None:
 @each_dtype()
 @pytest.mark.parametrize("op", ("forward", "grad_input", "grad_weight"))
 def test_exact_by_default(op: str, dtype: torch.dtype) -> None:
-    """What a user gets: the choice of algorithm accepts everything, also operands of mixed layouts."""
-    layouts = itertools.cycle(itertools.product(("contiguous", "channels_last", "sliced"), repeat=3))
+    """What a user gets: the choice of algorithm accepts everything, in mixed layouts too."""
+    layouts = itertools.cycle(
+        itertools.product(("contiguous", "channels_last", "sliced"), repeat=3)
+    )
     for case, (x, w, dy) in zip(CASES, layouts):
         operands, results = exact(case, dtype.is_complex)
         mixed = [cast(operands, dtype, layout) for layout in (x, w, dy)]
@@ -57,7 +69,9 @@ def test_forward_without_bias(dtype: torch.dtype) -> None:
 
 @each_dtype()
 def test_grad_bias(dtype: torch.dtype) -> None:
-    for case, layout in itertools.product(CASES, ("contiguous", "channels_last", "sliced", "transposed")):
+    for case, layout in itertools.product(
+        CASES, ("contiguous", "channels_last", "sliced", "transposed")
+    ):
         operands, _ = exact(case, dtype.is_complex)
         want = operands.dy.sum((0, 2, 3)).to(dtype)
         assert_equal(C.grad_bias(cast(operands, dtype, layout).dy), want, (case, layout))
@@ -71,7 +85,9 @@ def test_the_answers_are_not_trivial() -> None:
             for op, result in results.items():
                 assert result.count_nonzero() > result.numel() // 20, (op, case)
                 assert result.unique().numel() > 1, (op, case)
-            assert not torch.equal(results["forward"], operands.bias.view(-1, 1, 1).expand(case.y_shape))
+            assert not torch.equal(
+                results["forward"], operands.bias.view(-1, 1, 1).expand(case.y_shape)
+            )
 
 
 def test_half_rounds_once() -> None:

@@ -1,12 +1,11 @@
-"""Any arguments, legal or not: torch and we accept the same ones, and agree in values and gradients."""
+"""Any arguments, legal or not: torch and we accept the same, with equal values and gradients."""
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, event, given, settings
-from hypothesis import strategies as st
-
 from deconv_ext.functional import conv_transpose2d
 from deconv_ext.testing import LAYOUTS, relayout
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 
 SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBERS = st.integers(-1, 4)
@@ -63,7 +62,9 @@ def mutations(draw) -> dict:
     return problem
 
 
-def result(function, problem: dict, dtype: torch.dtype, layouts: tuple[str, ...] = ()) -> list | Exception:
+def result(
+    function, problem: dict, dtype: torch.dtype, layouts: tuple[str, ...] = ()
+) -> list | Exception:
     """Values and gradients, or the refusal; the numbers depend on the shapes alone."""
     generator = torch.Generator().manual_seed(0)
 
@@ -71,7 +72,9 @@ def result(function, problem: dict, dtype: torch.dtype, layouts: tuple[str, ...]
         return torch.randn(shape, generator=generator, dtype=dtype)
 
     named = dict(problem)
-    operands = [tensor(shape) for shape in (named.pop(n) for n in ("x", "w", "bias")) if shape is not None]
+    operands = [
+        tensor(shape) for shape in (named.pop(n) for n in ("x", "w", "bias")) if shape is not None
+    ]
     for index, layout in enumerate(layouts):
         if operands[index].dim() == 4 or layout not in ("channels_last", "transposed"):
             operands[index] = relayout(operands[index], layout)
@@ -98,7 +101,11 @@ def judged_by_torch(problem: dict) -> list | Exception:
 
 
 @settings(SETTINGS, max_examples=150)
-@given(problems(), st.tuples(*[st.sampled_from(LAYOUTS)] * 2), st.sampled_from(("float64", "complex128")))
+@given(
+    problems(),
+    st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+    st.sampled_from(("float64", "complex128")),
+)
 def test_legal_calls_agree(problem: dict, layouts: tuple[str, str], dtype: str) -> None:
     """In any layout; torch gets plain ones, as it fails its own backward for some."""
     want = result(F.conv_transpose2d, problem, getattr(torch, dtype))

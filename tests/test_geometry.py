@@ -5,6 +5,7 @@ import random
 from typing import NamedTuple
 
 import pytest
+
 from support import C
 
 
@@ -116,7 +117,14 @@ def test_output_size_of_both_axes(seed: int) -> None:
     while counted < 2000:
         size, kernel, stride, dilation, extra, pads = (
             tuple(rng.randint(low, high) for _ in range(count))
-            for low, high, count in ((1, 9, 2), (1, 9, 2), (1, 9, 2), (1, 9, 2), (0, 8, 2), (0, 20, 4))
+            for low, high, count in (
+                (1, 9, 2),
+                (1, 9, 2),
+                (1, 9, 2),
+                (1, 9, 2),
+                (0, 8, 2),
+                (0, 20, 4),
+            )
         )
         axes = [
             Axis(*row) for row in zip(size, kernel, stride, dilation, pads[::2], pads[1::2], extra)

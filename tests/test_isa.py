@@ -6,16 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deconv_ext.build
 import pytest
 import torch
-from support import C, OPERATIONS, assert_same_bits, exact, cast, run, use_isa
-
-import deconv_ext.build
 from deconv_ext.testing import EDGE, TINY
+
+from support import OPERATIONS, C, assert_same_bits, cast, exact, run, use_isa
 
 #: What x86-64 has from the beginning; more is in the namespaces deconv::cpu::{avx2,avx512} only.
 NEEDS_AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])\b")
-NEEDS_AVX2 = re.compile(r"^v(?!er[rw]\b)\w+|^(?:andn|bextr|blsi|blsr|blsmsk|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b")
+NEEDS_AVX2 = re.compile(
+    r"^v(?!er[rw]\b)\w+|^(?:andn|bextr|blsi|blsr|blsmsk|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b"
+)
 NAMES = ("avx512", "avx2", "portable")
 
 
@@ -96,7 +98,9 @@ def test_the_environment_chooses(isa: str) -> None:
 def test_the_environment_is_checked() -> None:
     done = in_a_process("sse9")
     assert done.returncode != 0
-    assert "DECONV_EXT_CPU_ISA must name an instruction set" in done.stderr and "'sse9'" in done.stderr
+    assert (
+        "DECONV_EXT_CPU_ISA must name an instruction set" in done.stderr and "'sse9'" in done.stderr
+    )
 
 
 def test_switching() -> None:

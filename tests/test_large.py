@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import OPERATIONS, C, assert_equal, define, run, run_if_accepted
-
 from deconv_ext.testing import Case, Operands, make_case
+
+from support import OPERATIONS, C, assert_equal, define, run, run_if_accepted
 
 # 2 x 3 x 18928^2 outputs of 2 bytes: 4.3 GB; the inputs are 1/64 of it. The offset of the second
 # sample, of its last channel and of its last rows do not fit 32 bits, signed or not.
@@ -15,7 +15,10 @@ LAYOUTS = ("contiguous", "channels_last")
 def corners(case: Case) -> list[tuple[int, Case, tuple[slice, slice]]]:
     """(sample, problem of a few pixels, where it is in x): the ends of both samples."""
     small = make_case("corner", (1, case.c_in, 5, 7), case.c_out, case.kernel, case.stride)
-    rows, columns = (slice(0, 5), slice(case.h - 5, case.h)), (slice(0, 7), slice(case.w - 7, case.w))
+    rows, columns = (
+        (slice(0, 5), slice(case.h - 5, case.h)),
+        (slice(0, 7), slice(case.w - 7, case.w)),
+    )
     return [(n, small, (r, c)) for n in range(case.batch) for r in rows for c in columns]
 
 
@@ -65,7 +68,7 @@ def test_more_than_two_to_the_31_elements(layout: str) -> None:
 @pytest.mark.parametrize("axis", range(4))
 @pytest.mark.parametrize("groups", (1, 2))
 def test_strides_beyond_32_bits(op: str, axis: int, groups: int) -> None:
-    """A small view of a large buffer: from one index of an axis to the next, 2^31 elements and more."""
+    """A small view of a large buffer: 2^31 elements and more from one index to the next."""
     case = make_case("far", (2, 2, 2, 2), 2, 2, 2, groups=groups)
     t = case.operands(0, torch.bfloat16, exact=True)
 

@@ -1,14 +1,27 @@
-"""Any strides, lazy bits and mixtures of them, for every operand; results lie in memory as torch's do."""
+"""Any strides and lazy bits, for every operand; results lie in memory as torch's do."""
 
 import itertools
 
 import pytest
 import torch
-from support import C, OPERATIONS, assert_equal, cast, define, dtype_name, each_dtype, exact
-from support import implementations, run, run_if_accepted, run_torch, use_isa
+from deconv_ext.testing import LAYOUTS, Operands, make_case, relayout
 from torch import Tensor
 
-from deconv_ext.testing import LAYOUTS, Operands, make_case, relayout
+from support import (
+    OPERATIONS,
+    C,
+    assert_equal,
+    cast,
+    define,
+    dtype_name,
+    each_dtype,
+    exact,
+    implementations,
+    run,
+    run_if_accepted,
+    run_torch,
+    use_isa,
+)
 
 CASES = (
     make_case("k4_s2", (2, 5, 6, 7), 9, 4, 2, 1),
@@ -64,9 +77,7 @@ def test_expanded(op: str, algo: str, isa: str, dtype: torch.dtype) -> None:
     with use_isa(isa):
         for case, axis in itertools.product(CASES, range(4)):
             t = cast(exact(case, dtype.is_complex)[0], dtype)
-            x, w, dy = (
-                tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in (t.x, t.w, t.dy)
-            )
+            x, w, dy = (tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in (t.x, t.w, t.dy))
             expanded = Operands(x, w, t.bias[:1].expand_as(t.bias), dy)
             assert 0 in (x.stride(axis), x.shape[axis] - 1)
             got = run_if_accepted(op, case, expanded, algo)
@@ -100,7 +111,7 @@ def test_lazy_bits_are_set() -> None:
 @pytest.mark.parametrize("w_format", FORMATS)
 @each_dtype()
 def test_memory_format_of_the_output(x_format: str, w_format: str, dtype: torch.dtype) -> None:
-    """As torch's operator does it: channels_last if x or w is, also where the format is ambiguous."""
+    """torch's rule: channels_last if x or w is, also where the format is ambiguous."""
     ambiguous = (
         make_case("pointwise", (2, 4, 5, 5), 4, 1, groups=4),
         make_case("one_pixel", (2, 4, 1, 1), 6, 3),

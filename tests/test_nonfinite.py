@@ -8,10 +8,18 @@ import itertools
 
 import pytest
 import torch
-from support import FLOATS, OPERATIONS, C, define, each_dtype, implementations, run_if_accepted
-from support import use_isa
-
 from deconv_ext.testing import EDGE, Case, Operands, make_case
+
+from support import (
+    FLOATS,
+    OPERATIONS,
+    C,
+    define,
+    each_dtype,
+    implementations,
+    run_if_accepted,
+    use_isa,
+)
 
 CASES = (
     make_case("k4_s2", (2, 5, 6, 7), 9, 4, 2, 1),
@@ -22,7 +30,8 @@ CASES = (
     *(
         case
         for case in EDGE
-        if case.name in ("k2_s5", "pad_is_kernel", "dilation_2_stride_2", "groups_wide", "one_pixel")
+        if case.name
+        in ("k2_s5", "pad_is_kernel", "dilation_2_stride_2", "groups_wide", "one_pixel")
         or case.name in ("asymmetric_groups", "depthwise_gaps", "rectangular", "one_pixel_dilated")
     ),
 )
@@ -74,11 +83,17 @@ def check(op: str, case: Case, t: Operands, algo: str, what: object) -> bool:
 @each_dtype(torch.float32, torch.bfloat16)
 @implementations()
 def test_one_value(op: str, algo: str, isa: str, dtype: torch.dtype, seed: int) -> None:
-    operands = {"forward": ("x", "w", "bias"), "grad_input": ("dy", "w"), "grad_weight": ("x", "dy")}
+    operands = {
+        "forward": ("x", "w", "bias"),
+        "grad_input": ("dy", "w"),
+        "grad_weight": ("x", "dy"),
+    }
     checked = 0
     with use_isa(isa):
         for index, case in enumerate(CASES):
-            t = case.operands(seed % 1000 + index, dtype, ("channels_last", "contiguous")[index % 2])
+            t = case.operands(
+                seed % 1000 + index, dtype, ("channels_last", "contiguous")[index % 2]
+            )
             for name in operands[op]:
                 for what, changed in poisoned(t, name)[index % 3 :: 3]:
                     checked += check(op, case, changed, algo, (case, what))
@@ -111,7 +126,7 @@ def test_grad_bias(value: float) -> None:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_definition_invents_nothing(op: str) -> None:
-    """An infinite weight with a finite x: each output that its tap reaches is infinite, none is NaN."""
+    """An infinite weight with a finite x: its outputs are infinite, none is NaN."""
     case = CASES[0]
     t = case.operands(3, torch.float64)
     t.w[0, 0, 0, 0] = t.x[0, 0, 0, 0] = float("inf")

@@ -1,12 +1,12 @@
-"""The definition that the other tests compare with, itself compared: with bare loops and with torch."""
+"""The definition that the other tests compare with, itself compared with loops and torch."""
 
 import itertools
 
 import pytest
 import torch
-from support import OPERATIONS, assert_equal, define, exact, run_torch
-
 from deconv_ext.testing import EDGE, random_case
+
+from support import OPERATIONS, assert_equal, define, exact, run_torch
 
 
 def loops(op: str, case, t) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Mistakes that users met in transposed convolutions elsewhere, each as the call that showed it."""
 
+import deconv_ext
 import pytest
 import torch
 import torch.nn.functional as F
+from deconv_ext.functional import conv_transpose2d
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-import deconv_ext
-from deconv_ext.functional import conv_transpose2d
 
 
 def check(x: Tensor, w: Tensor, bias: Tensor | None = None, **arguments) -> Tensor:
@@ -238,21 +237,36 @@ def test_groups_as_large_as_the_batch() -> None:
 @pytest.mark.parametrize(
     "x,w,arguments",
     (
-        pytest.param((2, 64, 32, 32), (64, 1, 8, 8), dict(stride=4, padding=2, groups=64), id="rocm_587"),
+        pytest.param(
+            (2, 64, 32, 32), (64, 1, 8, 8), dict(stride=4, padding=2, groups=64), id="rocm_587"
+        ),
         pytest.param((1, 1, 3, 3), (1, 1, 2, 2), {}, id="nntrainer_4347"),
         pytest.param((1, 1, 3, 5), (1, 1, 2, 4), {}, id="nntrainer_4347_rectangular"),
         pytest.param(
-            (1, 16, 7, 7), (16, 3, 3, 3), dict(stride=2, padding=1, output_padding=1), id="tvm_19524"
+            (1, 16, 7, 7),
+            (16, 3, 3, 3),
+            dict(stride=2, padding=1, output_padding=1),
+            id="tvm_19524",
         ),
-        pytest.param((1, 1, 3, 3), (1, 1, 3, 3), dict(stride=2, padding=2, dilation=2), id="mxnet_13876"),
         pytest.param(
-            (1, 1, 8, 8), (1, 3, 2, 2), dict(padding=3, dilation=2, output_padding=1), id="ort_14208"
+            (1, 1, 3, 3), (1, 1, 3, 3), dict(stride=2, padding=2, dilation=2), id="mxnet_13876"
+        ),
+        pytest.param(
+            (1, 1, 8, 8),
+            (1, 3, 2, 2),
+            dict(padding=3, dilation=2, output_padding=1),
+            id="ort_14208",
         ),
         pytest.param((1, 1, 1, 5), (1, 1, 1, 1), dict(stride=(1, 2)), id="mps_82711"),
         pytest.param((1, 1, 1, 5), (1, 1, 1, 2), dict(stride=(1, 2)), id="mps_82711_two_taps"),
         pytest.param((1, 1, 1, 2), (1, 65537, 1, 2), {}, id="mps_129207_outputs"),
         pytest.param((1, 65537, 1, 2), (65537, 1, 1, 2), {}, id="mps_129207_inputs"),
-        pytest.param((1, 512, 1, 32), (512, 1, 1, 6), dict(stride=3, padding=(0, 2), groups=512), id="pytorch_47341"),
+        pytest.param(
+            (1, 512, 1, 32),
+            (512, 1, 1, 6),
+            dict(stride=3, padding=(0, 2), groups=512),
+            id="pytorch_47341",
+        ),
     ),
 )
 def test_wrong_values_elsewhere(x: tuple, w: tuple, arguments: dict) -> None:
