@@ -378,9 +378,6 @@ std::vector<std::string> list_algorithms(const std::string& op, const std::strin
   return {};
 }
 
-#ifndef DECONV_SOURCE_HASH
-#define DECONV_SOURCE_HASH ""
-#endif
 #ifndef DECONV_CUDA_ARCHS
 #define DECONV_CUDA_ARCHS ""
 #endif
@@ -405,7 +402,6 @@ py::dict compiled() {
   facts["cuda_archs"] = DECONV_CUDA_ARCHS;
   facts["openmp"] = _OPENMP;
   facts["torch_version"] = TORCH_VERSION;
-  facts["source_hash"] = DECONV_SOURCE_HASH;
   return facts;
 }
 

@@ -5,9 +5,8 @@ Importing the package neither compiles nor loads the binary module; the first ca
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import functional
+from .build import build_info
 from .convert import ConversionReport, convert, revert
 from .modules import ConvTranspose2d
 
@@ -22,12 +21,3 @@ __all__ = [
     "revert",
 ]
 
-
-def build_info() -> dict[str, Any]:
-    """Version, how the binary module was built, compilers, instruction set in use, CUDA, OpenMP.
-
-    Loads the binary module, building it if need be.
-    """
-    from .build import build_info
-
-    return build_info()

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gather.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace deconv {
@@ -39,6 +40,7 @@ struct GatherPack {
     const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group +
                       c0 * plan.weight.channel + first * plan.weight.row;
 
+    if (transposable()) return pack_weights_transposed(source, rows, channels, panel);
     int64_t from[kScatter], to[kScatter];
     int64_t count = 0;
     const auto flush = [&] {
@@ -71,6 +73,56 @@ struct GatherPack {
           }
     }
     flush();
+  }
+
+  // One phase a class and whole kernels contiguous: rows of a tile times kernel elements is a
+  // matrix, to be transposed.
+  bool transposable() const {
+    bool single = plan.weight.kernel_w == 1 && plan.weight.kernel_h == plan.params.problem.w.kernel;
+    for (const PhaseClass& c : plan.h.classes) single &= c.phases == 1;
+    for (const PhaseClass& c : plan.w.classes) single &= c.phases == 1;
+    return single;
+  }
+
+  DECONV_PHASE void pack_weights_transposed(const S* source, int64_t rows, int64_t channels,
+                                            T* panel) const {
+    constexpr int64_t kN = kLanes<T>;
+    // Where a kernel element goes: its first tile of rows, and how far the next tile is. Elements
+    // without an input have no place.
+    struct Place {
+      int64_t first, next_tile;
+    };
+    const int64_t elements = plan.params.problem.h.kernel * plan.params.problem.w.kernel;
+    Place* places = static_cast<Place*>(thread_scratch(elements * sizeof(Place)));
+    for (int64_t k = 0; k < elements; ++k) places[k].first = -1;
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      const int64_t taps_w = w.offsets.size();
+      for (int64_t tap = 0; tap < g.taps; ++tap)
+        places[h.k[tap / taps_w] * plan.params.problem.w.kernel + w.k[tap % taps_w]] = {
+            channels * (g.first_weight + tap * plan.row_width), channels * g.taps * plan.row_width};
+    }
+    const int64_t step = min_of(kN, plan.row_width);
+    for (int64_t tile = 0; tile * plan.row_width < rows; ++tile)
+      for (int64_t lane = 0; lane < plan.row_width && tile * plan.row_width + lane < rows;
+           lane += step) {
+        const int64_t row = tile * plan.row_width + lane;
+        const int64_t count = min_of(min_of(step, plan.row_width - lane), rows - row);
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t k = 0; k < elements; k += kN) {
+            const S* from = source + c * plan.weight.channel + row * plan.weight.row + k;
+            Vector<T> square[kN];
+            for (int64_t i = 0; i < kN; ++i)
+              square[i] = i < count ? load_every<T, 1>(from + i * plan.weight.row, elements - k)
+                                    : Vector<T>{};
+            transpose_step<T, kN / 2>(square);
+            for (int64_t j = 0; j < min_of(kN, elements - k); ++j)
+              if (places[k + j].first >= 0)
+                store_first(panel + places[k + j].first + tile * places[k + j].next_tile +
+                                c * plan.row_width + lane,
+                            square[j], count);
+          }
+      }
   }
 
   // -------------------------------------------------------------------------------------------------------------------------
