@@ -1,4 +1,4 @@
-"""Run by test_bounds.py under the guarded heap: `python bounds_worker.py HEAP MODE WHAT`.
+"""Run by test_bounds.py under the guarded heap: `python bounds_worker.py HEAP EDGE ISA`.
 
 Every operand, result and scratch block then lies at the edge of memory that must not be touched.
 """
@@ -34,27 +34,32 @@ def guarded(tensor: Tensor) -> Tensor:
     return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
-def kernels(isa: str, algo: str, dtype: torch.dtype) -> None:
-    """Every case in two layouts: right, and without touching what is not its own."""
-    cases = (*TINY, *EDGE, *map(random_case, range(40)))
-    for index, case in enumerate(sorted(cases, key=lambda case: case.macs)):
+def kernels(dtype: torch.dtype) -> None:
+    """Every algorithm on every case: right, and without touching what is not its own."""
+    layouts = ("contiguous", "channels_last", "sliced", "transposed")
+    cases = sorted((*TINY, *EDGE, *map(random_case, range(30))), key=lambda case: case.macs)
+    for index, case in enumerate(cases):  # small ones first: scratch memory grows with them
         operands, results = exact(case, dtype.is_complex)
-        for layout in ("contiguous", ("channels_last", "sliced", "transposed")[index % 3]):
-            t = Operands(*map(guarded, cast(operands, dtype, layout)))
-            for op in OPERATIONS:
-                what = f"{isa} {algo} {dtype_name(dtype)} {op} {layout} {case!r}"
+        depthwise = 1 < case.groups == case.c_in == case.c_out
+        layout = "channels_last" if depthwise else layouts[(index + MODE) % 4]
+        t = Operands(*map(guarded, cast(operands, dtype, layout)))
+        for op in OPERATIONS:
+            for algo in C.list_algorithms(op):
+                if algo == "depthwise" and not depthwise:
+                    continue
+                what = f"{algo} {dtype_name(dtype)} {op} {layout} {case!r}"
                 print(what, flush=True)
                 HEAP.guard(MODE)
                 got = run_if_accepted(op, case, t, algo)
                 HEAP.guard(0)
                 if got is not None:
                     assert_equal(got, results[op].to(dtype), what)
-            HEAP.guard(MODE)
-            got = C.grad_bias(t.dy)
-            HEAP.guard(0)
-            assert_equal(got, operands.dy.sum((0, 2, 3)).to(dtype), ("grad_bias", layout, case))
-            while blocks:
-                HEAP.free(blocks.pop())
+        HEAP.guard(MODE)
+        got = C.grad_bias(t.dy)
+        HEAP.guard(0)
+        assert_equal(got, operands.dy.sum((0, 2, 3)).to(dtype), ("grad_bias", layout, case))
+        while blocks:
+            HEAP.free(blocks.pop())
 
 
 def planted(mistake: str) -> None:
@@ -83,6 +88,6 @@ if __name__ == "__main__":
         planted(sys.argv[4])
     else:
         with use_isa(sys.argv[3]):
-            for name in sys.argv[5].split(","):
-                kernels(sys.argv[3], sys.argv[4], getattr(torch, name))
+            for each in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+                kernels(each)
         print("touched nothing else")

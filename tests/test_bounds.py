@@ -18,7 +18,6 @@ from support import (
     C,
     assert_equal,
     cast,
-    dtype_name,
     each_dtype,
     exact,
     implementations,
@@ -48,15 +47,14 @@ def work(heap: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("edge", ("end", "begin"))
-@pytest.mark.parametrize("isa", C.cpu_isas())
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "isa,edge", [(isa, "end") for isa in C.cpu_isas()] + [(C.cpu_isas()[0], "begin")]
+)
 def test_kernels_touch_only_their_own(heap: Path, isa: str, edge: str) -> None:
-    floats = ",".join(dtype_name(dtype) for dtype in DTYPES if dtype != torch.int64)
-    for algo in C.list_algorithms("forward"):
-        names = floats if algo != "reference" else "float32,float16,complex64,int64"
-        done = work(heap, edge, isa, algo, names)
-        assert done.returncode == 0, f"{algo}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
-        assert "touched nothing else" in done.stdout
+    done = work(heap, edge, isa)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert "touched nothing else" in done.stdout
 
 
 @pytest.mark.parametrize("edge", ("end", "begin"))
