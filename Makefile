@@ -41,11 +41,11 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo:
-	$(call environment,demo,matplotlib, onnx, onnx2torch, rapidocr_onnxruntime, scipy, skimage, tqdm)
+	$(call environment,demo,matplotlib, onnx2torch, scipy, skimage, tqdm)
 	"$(py)" -m deconv_ext demo $(ARGS)
 
 test:
-	$(call environment,test,expecttest, hypothesis, numpy, pytest)
+	$(call environment,test,expecttest, hypothesis, matplotlib, numpy, onnx2torch, pytest, scipy, skimage, tqdm)
 	"$(py)" -m pytest $(ARGS)
 
 lint:
@@ -57,7 +57,7 @@ lint:
 	  'import clang_format; clang_format.clang_format()' --dry-run --Werror --files=/dev/stdin
 
 doctor:
-	$(call environment,test,pytest)
+	$(call environment,bench,matplotlib)
 	"$(py)" -m deconv_ext doctor
 
 clean:
