@@ -202,14 +202,9 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   if (plan.offset_block > offset_row)
     plan.offset_block = plan.offset_block / offset_row * offset_row;
 
-  if (plan.batch_innermost) {
-    plan.pixel_runs = plan.h.positions * plan.w.positions;
-    plan.run_length = plan.batch;
-  } else {
-    plan.pixel_runs = 1;
-    plan.run_length = plan.batch * plan.h.positions * plan.w.positions;
-  }
-  plan.tiles_per_run = ceil_div(plan.run_length, plan.pixel_width);
+  const int64_t positions = plan.h.positions * plan.w.positions;
+  plan.tiles = plan.batch_innermost ? positions * ceil_div(plan.batch, plan.pixel_width)
+                                    : ceil_div(positions * plan.batch, plan.pixel_width);
 
   int64_t phases = 0;
   for (const PhaseClass& h : plan.h.classes)
@@ -218,17 +213,20 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   const int64_t tasks = 4 * threads;
   const int64_t least_rows = std::max(phases, std::min(phases * plan.rows, kLeastRows));
   const int64_t share =
-      std::max(kBlockPixels, ceil_div(plan.tiles() * plan.pixel_width * plan.groups, tasks));
-  const int64_t block_pixels =
-      std::min({kMaxBlockPixels, share, panel_elements / (plan.channel_block * plan.offset_block),
-                sum_elements / least_rows});
-  plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles()));
+      std::max(kBlockPixels, ceil_div(plan.tiles * plan.pixel_width * plan.groups, tasks));
+  // Taps that a tile skips take no place in the cache.
+  const double packed = static_cast<double>(plan.channel_block * plan.offset_block) *
+                        (plan.batch_innermost ? plan.valid_fraction : 1.0);
+  const int64_t block_pixels = std::min(
+      {kMaxBlockPixels, share, static_cast<int64_t>(static_cast<double>(panel_elements) / packed),
+       sum_elements / least_rows});
+  plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles));
 
   // Chunks of rows end with whole tiles where they can; few blocks of pixels: spread the rows over
   // the threads too.
   const PhaseClass &h = plan.h.classes.front(), &w = plan.w.classes.front();
   const int64_t unit = plan.row_width / std::gcd(plan.row_width, h.phases * w.phases);
-  const int64_t blocks = ceil_div(plan.tiles(), plan.block_tiles) * plan.groups;
+  const int64_t blocks = ceil_div(plan.tiles, plan.block_tiles) * plan.groups;
   const int64_t rows_at_once =
       std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
   const int64_t finest = std::max<int64_t>(
@@ -237,7 +235,9 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   plan.row_chunk = ceil_div(plan.rows, std::max(ceil_div(plan.rows, rows_at_once), spread));
   plan.row_chunk = std::min(plan.rows, round_up(plan.row_chunk, unit));
   plan.row_chunks = ceil_div(plan.rows, plan.row_chunk);
-  plan.chunks_per_task = blocks < tasks ? 1 : plan.row_chunks;
+  // One position of many images: tasks that follow each other would write to the same cache lines,
+  // unless to other rows.
+  plan.chunks_per_task = blocks < tasks || plan.batch_innermost ? 1 : plan.row_chunks;
 }
 
 }  // namespace
@@ -274,8 +274,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
   // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the
   // strided access.
-  plan.batch_innermost =
-      plan.batch >= lanes && valid_fraction(plan.h) * valid_fraction(plan.w) < 0.85;
+  plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
+  plan.batch_innermost = plan.batch >= lanes && plan.valid_fraction < 0.85;
   choose_blocks(plan, element_bytes, threads);
   pair_classes(plan);
   return plan;

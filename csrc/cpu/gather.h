@@ -68,19 +68,18 @@ struct GatherPlan {
   bool rows_across;      // vector lanes are rows (channels_last, large strides) instead of pixels
   bool rows_by_phase;    // rows of a class in the order (phase, row) instead of (row, phase): what
                          // lies contiguous in the target
-  bool batch_innermost;  // pixels in the order (position, image), so that a tile has one position
-                         // and skips its invalid taps
-  int tile;              // index of the register tile
-  int64_t pixel_width, row_width;  // tile size in pixels and in rows
-  int64_t pixel_runs, run_length,
-      tiles_per_run;                    // pixels are numbered run by run; tiles do not cross runs
+  bool batch_innermost;  // a tile is one position of consecutive images, so that it skips its
+                         // invalid taps; else pixels are numbered image by image
+  double valid_fraction;                // of the taps, over all positions: the others read padding
+  int tile;                             // index of the register tile
+  int64_t pixel_width, row_width;       // tile size in pixels and in rows
+  int64_t tiles;                        // tiles of pixels, of all images
   int64_t block_tiles;                  // pixel tiles that one task holds
   int64_t row_chunk, row_chunks;        // rows (before phases) summed at a time
   int64_t channel_block, offset_block;  // K is cut into blocks of channels x offsets
   int64_t chunks_per_task;
 
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
-  int64_t tiles() const { return pixel_runs * tiles_per_run; }
   // Where (row, phase) stands among the `rows` rows of its class.
   int64_t row_of(const PhaseClass& class_h, const PhaseClass& class_w, int64_t rows, int64_t row,
                  int64_t rh, int64_t rw) const {

@@ -130,7 +130,7 @@ struct GatherGemm {
   // One block of pixels, `chunks` chunks of rows
 
   void block(int64_t group, int64_t first_tile, int64_t first_chunk, int64_t chunks) const {
-    const int64_t tiles = min_of(plan.block_tiles, plan.tiles() - first_tile);
+    const int64_t tiles = min_of(plan.block_tiles, plan.tiles - first_tile);
     const int64_t offsets = plan.offsets(), pixels = plan.block_tiles * plan.pixel_width;
     const int64_t lanes = kLanes<T>;
     T *panel, *sums, *bias;
@@ -195,7 +195,7 @@ void gather_gemm(Op op, const Params& params, int threads) {
                            min_of(plan.channel_block, plan.channels - c0));
   });
 
-  const int64_t blocks = (plan.tiles() + plan.block_tiles - 1) / plan.block_tiles;
+  const int64_t blocks = (plan.tiles + plan.block_tiles - 1) / plan.block_tiles;
   const int64_t splits = (plan.row_chunks + plan.chunks_per_task - 1) / plan.chunks_per_task;
   parallel_for(plan.groups * blocks * splits, threads, [&](int64_t task) {
     const int64_t first_chunk = task % splits * plan.chunks_per_task, rest = task / splits;

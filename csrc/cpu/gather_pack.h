@@ -133,14 +133,16 @@ struct GatherPack {
     int64_t count = 0;
     const int64_t positions_w = plan.w.positions, positions = plan.h.positions * positions_w;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t run = (first_tile + t) / plan.tiles_per_run;
-      int64_t pixel = (first_tile + t) % plan.tiles_per_run * plan.pixel_width;
-      const int64_t end = min_of(pixel + plan.pixel_width, plan.run_length);
+      const int64_t index = first_tile + t;
       int64_t at = t * plan.pixel_width;
       if (plan.batch_innermost) {
-        runs[count++] = {at, end - pixel, pixel, run / positions_w, run % positions_w};
+        const int64_t position = index % positions, n = index / positions * plan.pixel_width;
+        runs[count++] = {at, min_of(plan.pixel_width, plan.batch - n), n, position / positions_w,
+                         position % positions_w};
         continue;
       }
+      int64_t pixel = index * plan.pixel_width;
+      const int64_t end = min_of(pixel + plan.pixel_width, plan.batch * positions);
       while (pixel < end) {
         const int64_t jw = pixel % positions_w;
         const int64_t length = min_of(end - pixel, positions_w - jw);

@@ -96,12 +96,11 @@ struct GatherStore {
     store_strided(rows, runs, run_count, sums, bias, target);
   }
 
-  // Any strides: one pass a row, phase and run.
+  // Any strides: one pass a row and phase.
   DECONV_PHASE void store_strided(int64_t rows, const PixelRun* runs, int64_t run_count,
                                   const T* sums, const T* bias, S* target) const {
     const int64_t from_step = plan.rows_across ? plan.sum_pitch() : 1;
-    const int64_t to_step =
-        plan.batch_innermost ? plan.target.stride[0] : plan.w.target_step * plan.target.stride[3];
+    const int64_t to_step = plan.w.target_step * plan.target.stride[3];
     for (const GatherClass& g : plan.classes) {
       const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
       for (int64_t row = 0; row < rows; ++row)
@@ -109,16 +108,22 @@ struct GatherStore {
           for (int64_t rw = 0; rw < w.phases; ++rw) {
             const T* line =
                 sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, row, rh, rw), 0);
-            for (const PixelRun* run = runs; run < runs + run_count; ++run) {
-              const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh,
-                            tw = run->jw * plan.w.target_step + w.first_phase + rw;
-              if (th < 0 || th >= plan.h.target) continue;
-              const Range inside = targets_inside(*run, tw);
-              const T* from = line + (run->at + inside.begin) * from_step;
-              S* to = target + plan.target.at(run->n, row, th, tw) + inside.begin * to_step;
-              for (int64_t i = inside.begin; i < inside.end; ++i, from += from_step, to += to_step)
-                *to = convert<S>(*from + bias[row]);
-            }
+            // One position of many images: image by image, for the positions of an image share
+            // cache lines.
+            const int64_t images = plan.batch_innermost ? min_of(plan.pixel_width, plan.batch) : 1;
+            for (int64_t image = 0; image < images; ++image)
+              for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+                const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
+                const int64_t tw = run->jw * plan.w.target_step + w.first_phase + rw;
+                if (th < 0 || th >= plan.h.target || image >= run->count) continue;
+                const Range inside = targets_inside(*run, tw);
+                const T* from = line + (run->at + image + inside.begin) * from_step;
+                S* to =
+                    target + plan.target.at(run->n + image, row, th, tw) + inside.begin * to_step;
+                for (int64_t i = inside.begin; i < inside.end;
+                     ++i, from += from_step, to += to_step)
+                  *to = convert<S>(*from + bias[row]);
+              }
           }
     }
   }
@@ -126,7 +131,7 @@ struct GatherStore {
   // Which pixels of a run, whose first target is column tw, have their target inside.
   Range targets_inside(const PixelRun& run, int64_t tw) const {
     const int64_t step = plan.w.target_step;
-    if (plan.batch_innermost) return {0, tw >= 0 && tw < plan.w.target ? run.count : 0};
+    if (plan.batch_innermost) return {0, tw >= 0 && tw < plan.w.target};
     const int64_t begin = tw >= 0 ? 0 : (-tw + step - 1) / step;
     const int64_t end =
         tw >= plan.w.target ? 0 : min_of(run.count, (plan.w.target - 1 - tw) / step + 1);
