@@ -1,4 +1,5 @@
 // The CPU's entry: which instruction set, which algorithm.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -48,56 +49,80 @@ const Kernels& kernels() {
 // ---------------------------------------------------------------------------------------------------------------------------
 // Algorithms
 
-bool is_integer(const Params& p) { return p.dtype == Dtype::kInt64; }
-
 // Up to this many products of channels a group, reuse within a matrix product is too small to pay
 // for packing.
 constexpr int64_t kDirectProducts = 8;
 
+bool has_few_channels(const Problem& p) {
+  return (p.c_in / p.groups) * (p.c_out / p.groups) <= kDirectProducts;
+}
+
+// forward plans one part for each phase. Strides of hundreds, where hardly any output has a tap,
+// are not worth such a table.
+constexpr int64_t kMostPhases = 4096;
+
+bool has_many_phases(Op op, const Problem& p) {
+  const int64_t h = std::min(p.h.stride, p.h.out), w = std::min(p.w.stride, p.w.out);
+  return op == Op::kForward && (h > kMostPhases || w > kMostPhases || h * w > kMostPhases);
+}
+
 struct Algorithm {
   const char* name;
-  const char* (*declines)(const Params&);  // the condition that fails, or null
-  bool (*preferred)(const Params&);        // whether "auto" stops here
+  const char* (*declines)(Op, const Params&);  // the condition that fails, or null
+  bool (*preferred)(Op, const Params&);        // whether "auto" stops here
   void (*run)(Op, const Params&, int threads);
 };
 
-const char* needs_floats(const Params& p) {
-  return is_integer(p) ? "it needs a floating point dtype" : nullptr;
-}
-
-const char* needs_depthwise(const Params& p) {
-  if (is_integer(p)) return needs_floats(p);
+const char* depthwise_declines(Op, const Params& p) {
+  if (p.dtype == Dtype::kInt64) return "it needs a floating point dtype";
   if (p.problem.groups != p.problem.c_in || p.problem.groups != p.problem.c_out)
     return "it needs groups == in_channels == out_channels";
   return p.x.stride[1] == 1 && p.y.stride[1] == 1 ? nullptr : "it needs channels_last tensors";
 }
 
+const char* direct_declines(Op, const Params& p) {
+  return p.dtype == Dtype::kInt64 ? "it needs a floating point dtype" : nullptr;
+}
+
+const char* gemm_declines(Op op, const Params& p) {
+  if (p.dtype == Dtype::kInt64) return "it needs a floating point dtype";
+  return has_many_phases(op, p.problem) ? "it needs stride_h * stride_w <= 4096" : nullptr;
+}
+
+const char* never_declines(Op, const Params&) { return nullptr; }
+
+bool always(Op, const Params&) { return true; }
+
+bool prefer_direct(Op op, const Params& p) {
+  return has_few_channels(p.problem) || has_many_phases(op, p.problem);
+}
+
+void run_depthwise(Op op, const Params& p, int threads) { kernels().depthwise(op, p, threads); }
+
+void run_direct(Op op, const Params& p, int threads) { kernels().direct(op, p, threads); }
+
+void run_gemm(Op op, const Params& p, int threads) {
+  op == Op::kGradWeight ? kernels().weight_gemm(p, threads) : kernels().gather_gemm(op, p, threads);
+}
+
+// Best first.
 const Algorithm kAlgorithms[] = {
-    {"depthwise", needs_depthwise, [](const Params&) { return true; },
-     [](Op op, const Params& p, int threads) { kernels().depthwise(op, p, threads); }},
-    {"direct", needs_floats,
-     [](const Params& p) {
-       return (p.problem.c_in / p.problem.groups) * (p.problem.c_out / p.problem.groups) <=
-              kDirectProducts;
-     },
-     [](Op op, const Params& p, int threads) { kernels().direct(op, p, threads); }},
-    {"gemm", needs_floats, [](const Params&) { return true; },
-     [](Op op, const Params& p, int threads) {
-       op == Op::kGradWeight ? kernels().weight_gemm(p, threads)
-                             : kernels().gather_gemm(op, p, threads);
-     }},
-    {"reference", [](const Params&) -> const char* { return nullptr; },
-     [](const Params&) { return true; }, reference::run},
+    {"depthwise", depthwise_declines, always, run_depthwise},
+    {"direct", direct_declines, prefer_direct, run_direct},
+    {"gemm", gemm_declines, always, run_gemm},
+    {"reference", never_declines, always, reference::run},
 };
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr double kMultiplyAddsForThreads = 50e3;
+// Below this many multiply-adds or outputs a second thread costs more than it brings.
+constexpr double kWorkForThreads = 50e3;
 
 int useful_threads(const Problem& p, int threads) {
   const double multiply_adds = static_cast<double>(p.batch * p.c_in * p.h.in * p.w.in) *
                                static_cast<double>(p.c_out / p.groups) *
                                static_cast<double>(p.h.kernel * p.w.kernel);
-  return multiply_adds < kMultiplyAddsForThreads ? 1 : threads;
+  const double outputs =
+      static_cast<double>(p.batch * p.c_out) * static_cast<double>(p.h.out * p.w.out);
+  return multiply_adds + outputs < kWorkForThreads ? 1 : threads;
 }
 
 }  // namespace
@@ -106,8 +131,8 @@ void run(Op op, const Params& params, const std::string& name, int threads) {
   std::string names = "auto";
   threads = useful_threads(params.problem, threads);
   for (const Algorithm& algorithm : kAlgorithms) {
-    const char* declined = algorithm.declines(params);
-    if (name == "auto" ? !declined && algorithm.preferred(params) : name == algorithm.name) {
+    const char* declined = algorithm.declines(op, params);
+    if (name == "auto" ? !declined && algorithm.preferred(op, params) : name == algorithm.name) {
       if (declined)
         throw std::invalid_argument("algo='" + name + "' cannot take this problem: " + declined);
       return algorithm.run(op, params, threads);
@@ -120,7 +145,7 @@ void run(Op op, const Params& params, const std::string& name, int threads) {
 void grad_bias(const GradBiasParams& params, int threads) {
   if (params.dtype == Dtype::kInt64) return reference::grad_bias(params);
   const bool small = static_cast<double>(params.batch * params.c_out * params.out_h *
-                                         params.out_w) < kMultiplyAddsForThreads;
+                                         params.out_w) < kWorkForThreads;
   kernels().grad_bias(params, small ? 1 : threads);
 }
 

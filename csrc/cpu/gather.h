@@ -65,13 +65,13 @@ struct GatherPlan {
   int64_t weights_per_channel;  // packed elements of a chunk
   bool padded_weights;          // some of them stand for rows or taps that do not exist
 
-  bool rows_across;      // vector lanes are rows (channels_last, large strides) instead of pixels
-  bool rows_by_phase;    // rows of a class in the order (phase, row) instead of (row, phase): what
-                         // lies contiguous in the target
-  bool batch_innermost;  // a tile is one position of consecutive images, so that it skips its
-                         // invalid taps; else pixels are numbered image by image
-  double valid_fraction;                // of the taps, over all positions: the others read padding
-  int tile;                             // index of the register tile
+  bool rows_across;       // vector lanes are rows (channels_last, large strides) instead of pixels
+  bool rows_by_phase;     // rows of a class in the order (phase, row) instead of (row, phase): what
+                          // lies contiguous in the target
+  bool batch_innermost;   // a tile is one position of consecutive images, so that it skips its
+                          // invalid taps; else pixels are numbered image by image
+  double valid_fraction;  // of the taps, over all positions: the others read padding
+  int tile;               // index of the register tile
   int64_t pixel_width, row_width;       // tile size in pixels and in rows
   int64_t tiles;                        // tiles of pixels, of all images
   int64_t block_tiles;                  // pixel tiles that one task holds
