@@ -77,9 +77,15 @@ def problem(op: str, case: Case, dtype: torch.dtype, seed: int) -> Problem:
     return t, define_wide(op, case, t, wide.get(dtype, np.float64)), run_torch(op, case, t)
 
 
-@each_dtype(*FLOATS)
 @pytest.mark.parametrize("op", OPERATIONS)
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize(
+    "case,dtype",
+    [
+        pytest.param(case, dtype, id=f"{case}-{dtype_name(dtype)}")
+        for index, case in enumerate(LARGE)
+        for dtype in (torch.float32, torch.bfloat16, (torch.float64, torch.float16)[index % 2])
+    ],
+)
 def test_layers(case: Case, op: str, dtype: torch.dtype, seed: int) -> None:
     """Layers of real networks, with all of their channels, by default."""
     t, want, torchs = problem(op, case, dtype, seed)

@@ -14,7 +14,6 @@ import torch
 from deconv_ext.testing import EDGE, TINY
 
 from support import (
-    DTYPES,
     C,
     assert_equal,
     cast,
@@ -69,7 +68,7 @@ def test_the_heap_finds_mistakes(heap: Path, mistake: str, edge: str) -> None:
     assert done.returncode != 0 and clues[mistake] in done.stderr, done
 
 
-@each_dtype(*DTYPES)
+@each_dtype(torch.float32, torch.bfloat16, torch.complex64, torch.int64)
 @implementations()
 def test_every_element_of_the_result_is_set(
     op: str, algo: str, isa: str, dtype: torch.dtype
@@ -82,7 +81,7 @@ def test_every_element_of_the_result_is_set(
         poison = torch.empty(1000, dtype=dtype)
         assert (poison != poison).all() or (poison == torch.iinfo(torch.int64).max).all()
         with use_isa(isa):
-            for case in (*EDGE, *TINY[::5]):
+            for case in (*EDGE, *TINY[::9]):
                 operands, results = exact(case, dtype.is_complex)
                 got = run_if_accepted(op, case, cast(operands, dtype), algo)
                 if got is not None:

@@ -5,7 +5,6 @@ import torch
 from deconv_ext.testing import LAYERS, Case, Operands, make_case
 
 from support import (
-    DTYPES,
     FLOATS,
     OPERATIONS,
     C,
@@ -39,7 +38,7 @@ def sample(t: Operands, index: int) -> Operands:
     return t._replace(x=t.x[index : index + 1], dy=t.dy[index : index + 1])
 
 
-@each_dtype(*DTYPES)
+@each_dtype(*FLOATS, torch.complex64)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @implementations()
 def test_runs_and_threads(
@@ -56,7 +55,7 @@ def test_runs_and_threads(
                     assert_same_bits(run(op, case, t, algo), want, (case, threads))
 
 
-@each_dtype(*DTYPES)
+@each_dtype(*FLOATS, torch.complex64)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @implementations("forward", "grad_input")
 def test_a_sample_alone_and_in_a_batch(
