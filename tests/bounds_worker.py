@@ -8,9 +8,9 @@ import faulthandler
 import sys
 
 import torch
-from deconv_ext.testing import EDGE, TINY, Operands, random_case
 from torch import Tensor
 
+from deconv_ext.testing import EDGE, TINY, Operands, random_case
 from support import OPERATIONS, C, assert_equal, cast, dtype_name, exact, run_if_accepted, use_isa
 
 HEAP = ctypes.CDLL(sys.argv[1])

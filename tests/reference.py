@@ -9,8 +9,9 @@ Pairs (i, k) whose output does not exist contribute nothing, not even NaN to a z
 from collections.abc import Iterator
 
 import numpy as np
-from deconv_ext.testing import Case
 from numpy.typing import NDArray
+
+from deconv_ext.testing import Case
 
 Array = NDArray[np.generic]
 Slices = tuple[slice, slice]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deconv_ext.build import extension
-from deconv_ext.testing import Case, Operands, relayout
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 import reference
+from deconv_ext.build import extension
+from deconv_ext.testing import Case, Operands, relayout
 
 C = extension()
 OPERATIONS = ("forward", "grad_input", "grad_weight")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deconv_ext.testing import LAYERS, Case, Operands, make_case
 from numpy.typing import NDArray
 
+from deconv_ext.testing import LAYERS, Case, Operands, make_case
 from support import (
     FLOATS,
     OPERATIONS,

@@ -50,7 +50,7 @@ def test_depthwise_declines(
 
 
 def test_strides_of_hundreds() -> None:
-    """No table of a million phases: not the matrix product, and not slower than writing the result."""
+    """No table of a million phases: the rows are computed directly."""
     torch.manual_seed(0)
     x, w, b = torch.randn(1, 16, 2, 2), torch.randn(16, 3, 3, 3), torch.randn(3)
     geometry = ((700, 900), (1, 1, 1, 1), (0, 0), (1, 1), 1)

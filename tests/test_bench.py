@@ -167,3 +167,7 @@ def test_plot_draws_bars_and_roofline(result: Path, tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
     assert bench.main(["--load", str(result), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_the_tables_of_the_readme_are_what_their_json_says() -> None:
+    assert bench.main(["--check-readme", str(Path(__file__).parent.parent / "README.md")]) == 0

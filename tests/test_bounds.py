@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from deconv_ext.testing import EDGE, TINY
 
+from deconv_ext.testing import EDGE, TINY
 from support import (
     C,
     assert_equal,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from project import LOAD, ROOT, Project, script
 
 from deconv_ext import build, compiler, doctor, toolchain
+from project import LOAD, ROOT, Project, script
 
 BUILDING = "deconv_ext: building for torch"
 slow = pytest.mark.slow

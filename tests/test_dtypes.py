@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from deconv_ext.testing import make_case
 
+from deconv_ext.testing import make_case
 from support import (
     DTYPES,
     OPERATIONS,

@@ -9,8 +9,8 @@ import itertools
 
 import pytest
 import torch
-from deconv_ext.testing import EDGE, TINY, Case, Operands, random_case
 
+from deconv_ext.testing import EDGE, TINY, Case, Operands, random_case
 from support import (
     DTYPES,
     C,

@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from deconv_ext.functional import conv_transpose2d
-from deconv_ext.testing import LAYOUTS, relayout
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+
+from deconv_ext.functional import conv_transpose2d
+from deconv_ext.testing import LAYOUTS, relayout
 
 SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBERS = st.integers(-1, 4)

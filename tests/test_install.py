@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from project import LOAD, UNSET, Project
 
 from deconv_ext import compiler
+from project import LOAD, UNSET, Project
 
 pytestmark = pytest.mark.slow
 

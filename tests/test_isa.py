@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deconv_ext.build
 import pytest
 import torch
-from deconv_ext.testing import EDGE, TINY
 
+import deconv_ext.build
+from deconv_ext.testing import EDGE, TINY
 from support import OPERATIONS, C, assert_same_bits, cast, exact, run, use_isa
 
 #: What x86-64 has from the beginning; more is in the namespaces deconv::cpu::{avx2,avx512} only.

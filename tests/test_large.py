@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from deconv_ext.testing import Case, Operands, make_case
 
+from deconv_ext.testing import Case, Operands, make_case
 from support import OPERATIONS, C, assert_equal, define, run, run_if_accepted
 
 # 2 x 3 x 18928^2 outputs of 2 bytes: 4.3 GB; the inputs are 1/64 of it. The offset of the second

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from deconv_ext.testing import LAYOUTS, Operands, make_case, relayout
 from torch import Tensor
 
+from deconv_ext.testing import LAYOUTS, Operands, make_case, relayout
 from support import (
     OPERATIONS,
     C,

@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
-from deconv_ext.testing import EDGE, Case, Operands, make_case
 
+from deconv_ext.testing import EDGE, Case, Operands, make_case
 from support import (
     FLOATS,
     OPERATIONS,

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from deconv_ext.testing import EDGE, random_case
 
+from deconv_ext.testing import EDGE, random_case
 from support import OPERATIONS, assert_equal, define, exact, run_torch
 
 

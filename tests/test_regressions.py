@@ -1,12 +1,13 @@
 """Mistakes that users met in transposed convolutions elsewhere, each as the call that showed it."""
 
-import deconv_ext
 import pytest
 import torch
 import torch.nn.functional as F
-from deconv_ext.functional import conv_transpose2d
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import deconv_ext
+from deconv_ext.functional import conv_transpose2d
 
 
 def check(x: Tensor, w: Tensor, bias: Tensor | None = None, **arguments) -> Tensor:
