@@ -153,12 +153,12 @@ def use_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def implementations(*operations: str) -> pytest.MarkDecorator:
+def implementations(*operations: str, best_isa: bool = False) -> pytest.MarkDecorator:
     """Parametrise over (op, algo, isa): all there is in the binary and runs on this machine.
 
     The reference is the same code for every instruction set, so it appears once.
     """
-    isas = C.cpu_isas()
+    isas = C.cpu_isas()[:1] if best_isa else C.cpu_isas()
     rows = [
         pytest.param(op, algo, isa, id=f"{op}-{algo}-{isa}")
         for op in operations or OPERATIONS

@@ -40,7 +40,7 @@ def sample(t: Operands, index: int) -> Operands:
 
 @each_dtype(*FLOATS, torch.complex64)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@implementations()
+@implementations(best_isa=True)  # threads are not its business
 def test_runs_and_threads(
     op: str, algo: str, isa: str, layout: str, dtype: torch.dtype, seed: int
 ) -> None:

@@ -112,7 +112,8 @@ def test_integers_wrap_as_torchs_do() -> None:
 @each_dtype(*DTYPES)
 def test_no_operation_promotes(dtype: torch.dtype) -> None:
     t = cast(exact(CASE, False)[0], dtype)
-    other = torch.float64 if dtype != torch.float64 else torch.float32
+    others = {torch.float64: torch.float32, torch.complex64: torch.complex128}
+    other = others.get(dtype, torch.complex64 if dtype.is_complex else torch.float64)
     for changed in (t._replace(w=t.w.to(other)), t._replace(x=t.x.to(other), dy=t.dy.to(other))):
         with pytest.raises(RuntimeError, match="should be the same"):
             run("forward", CASE, changed)
