@@ -40,7 +40,7 @@ struct GatherPack {
     const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group +
                       c0 * plan.weight.channel + first * plan.weight.row;
 
-    if (transposable()) return pack_weights_transposed(source, rows, channels, panel);
+    if (vectorizable()) return pack_weights_by_vectors(source, rows, channels, panel);
     int64_t from[kScatter], to[kScatter];
     int64_t count = 0;
     const auto flush = [&] {
@@ -75,16 +75,19 @@ struct GatherPack {
     flush();
   }
 
-  // One phase a class and whole kernels contiguous: rows of a tile times kernel elements is a
-  // matrix, to be transposed.
-  bool transposable() const {
-    bool single = plan.weight.kernel_w == 1 && plan.weight.kernel_h == plan.params.problem.w.kernel;
+  // One phase a class, so that neighbouring rows are neighbouring lanes, and some axis of the
+  // weight contiguous: whole vectors are moved.
+  bool vectorizable() const {
+    bool single = true;
     for (const PhaseClass& c : plan.h.classes) single &= c.phases == 1;
     for (const PhaseClass& c : plan.w.classes) single &= c.phases == 1;
-    return single;
+    return single && (kernel_contiguous() || plan.weight.channel == 1 || plan.weight.row == 1);
+  }
+  bool kernel_contiguous() const {
+    return plan.weight.kernel_w == 1 && plan.weight.kernel_h == plan.params.problem.w.kernel;
   }
 
-  DECONV_PHASE void pack_weights_transposed(const S* source, int64_t rows, int64_t channels,
+  DECONV_PHASE void pack_weights_by_vectors(const S* source, int64_t rows, int64_t channels,
                                             T* panel) const {
     constexpr int64_t kN = kLanes<T>;
     // Where a kernel element goes: its first tile of rows, and how far the next tile is. Elements
@@ -108,20 +111,42 @@ struct GatherPack {
            lane += step) {
         const int64_t row = tile * plan.row_width + lane;
         const int64_t count = min_of(min_of(step, plan.row_width - lane), rows - row);
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t k = 0; k < elements; k += kN) {
-            const S* from = source + c * plan.weight.channel + row * plan.weight.row + k;
-            Vector<T> square[kN];
-            for (int64_t i = 0; i < kN; ++i)
-              square[i] = i < count ? load_every<T, 1>(from + i * plan.weight.row, elements - k)
-                                    : Vector<T>{};
-            transpose_step<T, kN / 2>(square);
-            for (int64_t j = 0; j < min_of(kN, elements - k); ++j)
-              if (places[k + j].first >= 0)
-                store_first(panel + places[k + j].first + tile * places[k + j].next_tile +
-                                c * plan.row_width + lane,
-                            square[j], count);
+        const S* from = source + row * plan.weight.row;
+        const auto put = [&](int64_t k, int64_t c, Vector<T> v) {
+          if (places[k].first < 0) return;
+          T* place =
+              panel + places[k].first + tile * places[k].next_tile + c * plan.row_width + lane;
+          store_first(place, v, count);
+        };
+        // A square of rows times the contiguous axis, `left` elements of it, transposed.
+        const auto load_square = [&](const S* corner, int64_t left, Vector<T>* square) {
+          for (int64_t i = 0; i < kN; ++i)
+            square[i] =
+                i < count ? load_every<T, 1>(corner + i * plan.weight.row, left) : Vector<T>{};
+          transpose_step<T, kN / 2>(square);
+        };
+        Vector<T> square[kN];
+        if (kernel_contiguous()) {
+          for (int64_t c = 0; c < channels; ++c)
+            for (int64_t k = 0; k < elements; k += kN) {
+              load_square(from + c * plan.weight.channel + k, elements - k, square);
+              for (int64_t j = 0; j < min_of(kN, elements - k); ++j) put(k + j, c, square[j]);
+            }
+          continue;
+        }
+        for (int64_t k = 0; k < elements; ++k) {
+          const S* element = from + k / plan.params.problem.w.kernel * plan.weight.kernel_h +
+                             k % plan.params.problem.w.kernel * plan.weight.kernel_w;
+          if (plan.weight.row == 1) {
+            for (int64_t c = 0; c < channels; ++c)
+              put(k, c, load_every<T, 1>(element + c * plan.weight.channel, count));
+            continue;
           }
+          for (int64_t c = 0; c < channels; c += kN) {
+            load_square(element + c, channels - c, square);
+            for (int64_t j = 0; j < min_of(kN, channels - c); ++j) put(k, c + j, square[j]);
+          }
+        }
       }
   }
 
