@@ -146,7 +146,8 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
         f"{facts['device']}, {facts['threads']} threads, {facts['isa']}, {facts['dtype']}, torch "
         f"{facts['torch']}, commit {facts['commit']}, {facts['date'][:10]}. Each cell: "
         "microseconds of deconv_ext, and how many times as fast as torch on the same tensors; "
-        f"~ marks the {sum(row.noisy for row in rows)} of {len(rows)} cells with too few quiet samples."
+        f"~ marks the {sum(row.noisy for row in rows)} of {len(rows)} cells with too few quiet "
+        "samples."
     )
     return "\n".join([caption, "", *(f"| {' | '.join(cells)} |" for cells in table)])
 
