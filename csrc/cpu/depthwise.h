@@ -2,9 +2,8 @@
 // channels.
 //
 //     forward       y[n, oh, ow, :]  = bias + sum over taps of w[k, :] * x[n, ih, iw, :]
-//     grad_input    dx[n, ih, iw, :] =        sum over taps of w[k, :] * dy[n, oh, ow, :]
-//     grad_weight   dw[k, :]         =        sum over n, ih, iw of x[n, ih, iw, :] * dy[n, oh, ow,
-//     :]
+//     grad_input    dx[n, ih, iw, :] = sum over taps of w[k, :] * dy[n, oh, ow, :]
+//     grad_weight   dw[k, :]         = sum over n, ih, iw of x[n, ih, iw, :] * dy[n, oh, ow, :]
 //
 // The weight is transposed to [k][channel] once; taps are clipped to the image.
 #pragma once

@@ -1,12 +1,15 @@
 // "gemm": forward and grad_input as a blocked matrix product over a gather plan (gather.h).
 //
-//   pack the weights, all threads:          [group][chunk of rows][block of channels][class][tile
-//   of rows][tap][channel][row_width] for each block of pixels (and chunk of rows), in parallel:
+//   pack the weights, all threads
+//   for each block of pixels (and chunk of rows), in parallel:
 //     for each block of channels and offsets:
-//       pack the pixels:                    [tile of pixels][offset][channel][lanes]  or
-//       [pixel][offset][channel] for each class, tile of rows, tile of pixels: multiply_tile over
-//       the class's taps; taps that no pixel of the tile has are skipped
+//       pack the pixels
+//       for each class, tile of rows, tile of pixels:
+//         multiply_tile over the class's taps; taps that no pixel of the tile has are skipped
 //     add the bias, put the phases back into their places, round, store
+//
+//   packed weights  [group][chunk][block of channels][class][tile of rows][tap][channel][row_width]
+//   packed pixels   [tile of pixels][offset][channel][lanes]  or  [pixel][offset][channel]
 //
 // The vector side of the tile is pixels or rows (plan.rows_across): what is contiguous in the
 // target. Scratch per thread is the panel and the sums of one block, bounded by constants in

@@ -1,13 +1,15 @@
-// "gemm" for grad_weight: dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, i * stride + k *
-// dilation - pad]
+// "gemm" for grad_weight:
+//
+//     dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, i * stride + k * dilation - pad]
 //
 // As a matrix product: rows (co, k) times lanes ci, summed over pixels. x is packed transposed,
 // [pixel][ci]; dy is not multiplied out by taps: a padded patch of it is copied, and the tile reads
 // row (co, k) of the patch with the stride of the problem.
 //
 //   for each chunk of (co, k) x lanes of ci x split of the pixels, in parallel:
-//     for each block of pixels (lines of images): pack x; for a few co at a time: pack patches of
-//     dy, multiply_tile over the lines
+//     for each block of pixels (lines of images):
+//       pack x
+//       for a few co at a time: pack patches of dy, multiply_tile over the lines
 //   add the splits in order, store
 //
 // The number of splits follows from the problem, never from the threads: results do not depend on
@@ -133,8 +135,7 @@ struct WeightGemm {
       }
     }
     blocks = line_parts * ((p.batch * p.h.in + lines - 1) / lines);
-    const int64_t parts = p.groups * chunks_o * chunks_h * chunks_w * lane_parts;
-    splits = min_of(blocks, (kTasks + parts - 1) / parts);
+    splits = min_of(blocks, (kTasks + parts() - 1) / parts());
 
     patch_outputs = min_of(outputs, max_of<int64_t>(1, kPatches / patch_elements()));
     if (outputs_inner() && patch_outputs > kOutputsInner)
