@@ -13,6 +13,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 #ifdef DECONV_WITH_CUDA
+#include <ATen/Context.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -20,6 +21,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "deconv.h"
 
@@ -175,7 +177,16 @@ void on_device(const Tensor& t, const Cpu& cpu, [[maybe_unused]] const Cuda& cud
 #ifdef DECONV_WITH_CUDA
   if (t.is_cuda()) {
     const c10::cuda::CUDAGuard guard(t.device());
-    return cuda(c10::cuda::getCurrentCUDAStream().stream());
+    // Freed at the end of the call, which torch's allocator takes in stream order.
+    std::vector<Tensor> workspaces;
+    const auto workspace = [&](std::size_t bytes) {
+      workspaces.push_back(
+          at::empty({static_cast<int64_t>(bytes)},
+                    t.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous)));
+      return workspaces.back().data_ptr();
+    };
+    return cuda(deconv::cuda::Context{c10::cuda::getCurrentCUDAStream().stream(), workspace,
+                                      at::globalContext().allowTF32CuDNN(at::Float32Op::CONV)});
   }
 #endif
   TORCH_CHECK_NOT_IMPLEMENTED(false, "deconv_ext has no kernels for device ", t.device(),
@@ -194,9 +205,9 @@ void run(Op op, const deconv::Problem& problem, const Tensor& x, const Tensor& w
   try {
     on_device(
         y, [&](int threads) { deconv::cpu::run(op, params, algo, threads); },
-        [&]([[maybe_unused]] void* stream) {
+        [&]([[maybe_unused]] const deconv::cuda::Context& context) {
 #ifdef DECONV_WITH_CUDA
-          deconv::cuda::run(op, params, algo, stream);
+          deconv::cuda::run(op, params, algo, context);
 #endif
         });
   } catch (const std::invalid_argument& error) {
@@ -326,9 +337,9 @@ Tensor grad_bias(const Tensor& grad_output) {
                                       dtype_of(dy), ref(dy),    db.data_ptr()};
   on_device(
       dy, [&](int threads) { deconv::cpu::grad_bias(params, threads); },
-      [&]([[maybe_unused]] void* stream) {
+      [&]([[maybe_unused]] const deconv::cuda::Context& context) {
 #ifdef DECONV_WITH_CUDA
-        deconv::cuda::grad_bias(params, stream);
+        deconv::cuda::grad_bias(params, context);
 #endif
       });
   return db;

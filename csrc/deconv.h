@@ -2,6 +2,8 @@
 // nothing else.
 #pragma once
 
+#include <cstddef>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,8 +27,17 @@ void set_isa(const std::string& name);
 }  // namespace cpu
 
 namespace cuda {
-void run(Op op, const Params& params, const std::string& algorithm, void* stream);
-void grad_bias(const GradBiasParams& params, void* stream);
+// What a call may use besides its operands. Nothing in here synchronises, so that a call can be
+// captured in a CUDA graph.
+struct Context {
+  void* stream;  // cudaStream_t
+  // Device memory, 256-byte aligned, that stays valid for the kernels this call enqueues.
+  std::function<void*(std::size_t bytes)> workspace;
+  bool allow_tf32;  // torch's setting for convolutions; float32 otherwise means IEEE float32
+};
+
+void run(Op op, const Params& params, const std::string& algorithm, const Context& context);
+void grad_bias(const GradBiasParams& params, const Context& context);
 std::vector<std::string> algorithms(Op op);
 }  // namespace cuda
 
