@@ -1,4 +1,4 @@
-"""``python -m deconv_ext doctor | build | demo | bench``."""
+"""``python -m deconv_ext doctor | build | demo | bench | diagnose``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_parser.add_argument("--force", action="store_true", help="even if there is a good one")
     commands.add_parser("demo", help="convert a real model and train another", add_help=False)
     commands.add_parser("bench", help="time every layer against torch's", add_help=False)
+    commands.add_parser("diagnose", help="look for checkerboards in a model", add_help=False)
     args, rest = parser.parse_known_args(argv)
 
-    # The demonstration and the benchmark read arguments of their own.
+    # The demonstration, the benchmark and the diagnosis read arguments of their own.
     if args.command == "demo":
         from .demo import main as demo
 
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(rest) or 0
+    if args.command == "diagnose":
+        from .diagnose import main as diagnose
+
+        return diagnose(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "doctor":
