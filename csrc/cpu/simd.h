@@ -7,7 +7,7 @@
 // wrong instruction set.
 #pragma once
 
-#if DECONV_VECTOR_BYTES == 64
+#if DECONV_VECTOR_BYTES >= 32
 #include <immintrin.h>
 #endif
 
@@ -90,6 +90,18 @@ inline Vector<T> load_first(const S* p, int64_t count) {
     return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi32((1u << count) - 1, p));
   if constexpr (sizeof(S) == 8)
     return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi64((1u << count) - 1, p));
+#elif DECONV_VECTOR_BYTES == 32
+  alignas(32) static constexpr int32_t kMask[] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                  0,  0,  0,  0,  0,  0,  0,  0};
+  const auto mask = [&](int64_t words) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - words));
+  };
+  if constexpr (sizeof(S) == 4)
+    return reinterpret_cast<Vector<T>>(
+        _mm256_maskload_epi32(reinterpret_cast<const int*>(p), mask(count)));
+  if constexpr (sizeof(S) == 8)
+    return reinterpret_cast<Vector<T>>(
+        _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), mask(2 * count)));
 #endif
   T lanes[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = convert<T>(p[i]);
