@@ -1,11 +1,14 @@
 // The CPU kernels for AVX-2. Standard headers come before the switch of target, so that nothing
 // shared is compiled for it.
+#include <immintrin.h>
+
 #include <memory>
 #include <vector>
 
 #include "../half.h"
 #include "../parallel.h"
 #include "../reference/elements.h"
+#include "direct_plan.h"
 #include "gather.h"
 #include "kernels.h"
 #include "scratch.h"

@@ -10,6 +10,7 @@
 #include "../half.h"
 #include "../parallel.h"
 #include "../reference/elements.h"
+#include "direct_plan.h"
 #include "gather.h"
 #include "kernels.h"
 #include "scratch.h"

@@ -119,7 +119,19 @@ inline void store_first(T* p, Vector<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
-// Every Stride-th of the `count` elements from p on, Stride a power of two.
+// Every Stride-th of the elements from p on, Stride a power of two; all kLanes * Stride of them are
+// there.
+template <class T, int Stride, class S>
+inline Vector<T> load_every(const S* p) {
+  if constexpr (Stride == 1) {
+    return load_as<T>(p);
+  } else {
+    return even_lanes<T>(load_every<T, Stride / 2>(p),
+                         load_every<T, Stride / 2>(p + kLanes<T> * Stride / 2));
+  }
+}
+
+// The same where `count` elements are there; lanes without one are zero.
 template <class T, int Stride, class S>
 inline Vector<T> load_every(const S* p, int64_t count) {
   constexpr int64_t kHalf = kLanes<T> * Stride / 2;
@@ -136,10 +148,14 @@ inline Vector<T> load_every(const S* p, int64_t count) {
 // to[i] = from[i * Stride]
 template <int Stride, class T, class S>
 inline void copy_every(T* to, const S* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
+  constexpr int64_t kN = kLanes<T>;
+  int64_t i = 0;
+  for (; (count - i - 1) * Stride + 1 >= kN * Stride; i += kN)
+    store_vector(to + i, load_every<T, Stride>(from + i * Stride));
+  for (; i < count; i += kN) {
     const int64_t left = count - i;
     const Vector<T> v = load_every<T, Stride>(from + i * Stride, (left - 1) * Stride + 1);
-    if (left >= kLanes<T>) {
+    if (left >= kN) {
       store_vector(to + i, v);
     } else {
       store_first(to + i, v, left);
