@@ -26,6 +26,23 @@ constexpr int kRegisters = DECONV_VECTOR_REGISTERS;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+struct Range {
+  int64_t begin, end;
+};
+
+template <class I>
+inline I min_of(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+inline I max_of(I a, I b) {
+  return a > b ? a : b;
+}
+template <class I>
+inline I round_up(I value, I multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
@@ -78,6 +95,15 @@ inline Vector<T> even_lanes(Vector<T> a, Vector<T> b) {
   typedef typename IntegerOf<sizeof(T)>::type Index;
   Vector<Index> mask;
   for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i);
+  return __builtin_shuffle(a, b, mask);
+}
+
+// The odd lanes of a followed by b.
+template <class T>
+inline Vector<T> odd_lanes(Vector<T> a, Vector<T> b) {
+  typedef typename IntegerOf<sizeof(T)>::type Index;
+  Vector<Index> mask;
+  for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i + 1);
   return __builtin_shuffle(a, b, mask);
 }
 
@@ -145,9 +171,10 @@ inline Vector<T> load_every(const S* p, int64_t count) {
   }
 }
 
-// to[i] = from[i * Stride]
+// to[i] = from[i * Stride], i < count. Up to the end of a vector zeros may be written too, where
+// `room` allows it: that is faster than a part of a vector.
 template <int Stride, class T, class S>
-inline void copy_every(T* to, const S* from, int64_t count) {
+inline void copy_every(T* to, const S* from, int64_t count, int64_t room) {
   constexpr int64_t kN = kLanes<T>;
   int64_t i = 0;
   for (; (count - i - 1) * Stride + 1 >= kN * Stride; i += kN)
@@ -155,28 +182,69 @@ inline void copy_every(T* to, const S* from, int64_t count) {
   for (; i < count; i += kN) {
     const int64_t left = count - i;
     const Vector<T> v = load_every<T, Stride>(from + i * Stride, (left - 1) * Stride + 1);
-    if (left >= kN) {
+    if (room - i >= kN) {
       store_vector(to + i, v);
     } else {
-      store_first(to + i, v, left);
+      store_first(to + i, v, min_of(left, kN));
     }
   }
 }
 
-// to[i] = from[i * stride]
+// The same for any stride.
 template <class T, class S>
-inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
+inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count, int64_t room) {
   switch (stride) {
     case 1:
-      return copy_every<1>(to, from, count);
+      return copy_every<1>(to, from, count, room);
     case 2:
-      return copy_every<2>(to, from, count);
+      return copy_every<2>(to, from, count, room);
     case 4:
-      return copy_every<4>(to, from, count);
+      return copy_every<4>(to, from, count, room);
     case 8:
-      return copy_every<8>(to, from, count);
+      return copy_every<8>(to, from, count, room);
   }
   for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i * stride]);
+}
+template <class T, class S>
+inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
+  copy_strided(to, from, stride, count, count);
+}
+
+// v[r] becomes every Stride-th element, from the r-th on, of what v[0], v[1], ... held in a row.
+template <class T, int Stride>
+inline void split_residues(Vector<T>* v) {
+  if constexpr (Stride > 1) {
+    constexpr int kHalf = Stride / 2;
+    Vector<T> even[kHalf], odd[kHalf];
+    for (int i = 0; i < kHalf; ++i) {
+      even[i] = even_lanes<T>(v[2 * i], v[2 * i + 1]);
+      odd[i] = odd_lanes<T>(v[2 * i], v[2 * i + 1]);
+    }
+    split_residues<T, kHalf>(even);
+    split_residues<T, kHalf>(odd);
+    for (int i = 0; i < kHalf; ++i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
+// to[r * pitch + i] = from[i * Stride + r] for all r < Stride and i < count, in whole vectors; zero
+// where only `left` elements are there.
+template <int Stride, class T, class S>
+inline void deinterleave_by(T* to, int64_t pitch, const S* from, int64_t count, int64_t left) {
+  constexpr int kN = kLanes<T>;
+  for (int64_t i = 0; i < count; i += kN) {
+    Vector<T> v[Stride];
+    for (int r = 0; r < Stride; ++r) {
+      const int64_t at = i * Stride + r * kN;
+      v[r] = left - at >= kN ? load_as<T>(from + at)
+             : left > at     ? load_first<T>(from + at, left - at)
+                             : Vector<T>{};
+    }
+    split_residues<T, Stride>(v);
+    for (int r = 0; r < Stride; ++r) store_vector(to + r * pitch + i, v[r]);
+  }
 }
 
 // Interleaves blocks of `Block` lanes of a and b: the low halves' if First is 0, the high halves'
@@ -217,21 +285,27 @@ inline void transpose_square(const S* from, int64_t from_stride, T* to, int64_t 
   for (int i = 0; i < kN; ++i) store_vector(to + i * to_stride, rows[i]);
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-template <class I>
-inline I min_of(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-inline I max_of(I a, I b) {
-  return a > b ? a : b;
-}
-template <class I>
-inline I round_up(I value, I multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+// deinterleave_by for any stride; `to` has room for whole vectors.
+template <class T, class S>
+inline void deinterleave(T* to, int64_t pitch, const S* from, int64_t stride, int64_t count,
+                         int64_t left) {
+  switch (stride) {
+    case 2:
+      return deinterleave_by<2>(to, pitch, from, count, left);
+    case 4:
+      return deinterleave_by<4>(to, pitch, from, count, left);
+    case 8:
+      return deinterleave_by<8>(to, pitch, from, count, left);
+  }
+  // Multiples of a vector: squares of positions and residues, transposed.
+  constexpr int64_t kN = kLanes<T>;
+  int64_t i = 0;
+  for (; stride % kN == 0 && i + kN <= count && (i + kN) * stride <= left; i += kN)
+    for (int64_t r = 0; r < stride; r += kN)
+      transpose_square(from + i * stride + r, stride, to + r * pitch + i, pitch);
+  for (; i < count; ++i)
+    for (int64_t r = 0; r < stride; ++r)
+      to[r * pitch + i] = i * stride + r < left ? convert<T>(from[i * stride + r]) : T(0);
 }
 
 }  // namespace DECONV_ISA
