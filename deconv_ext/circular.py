@@ -10,8 +10,8 @@ for transposed convolutions and raises ValueError.
 
 Equivalently x repeats with period `size` for ever and one period of the output is looked at, so
 the input is extended by the few pixels that reach into that period, and the padding crops more.
-To wrap the margins of the whole output around would give the same; the input is `stride` times
-smaller on each axis, so that extending it copies less, and every output stays one sum of one kernel.
+To wrap the margins of the whole output around would give the same; but the input is `stride` times
+smaller on each axis, so extending it copies less, and every output stays one sum in one kernel.
 """
 
 from __future__ import annotations

@@ -106,8 +106,9 @@ def conv2d_transpose(
         y = conv_transpose2d(x, w, None, stride, sides, tail, c_out // depth, dilation)
         y = y.int() if exact else y
     else:  # a sum of nothing, which is no operator to torch
-        y = x.new_zeros(n, *out, c_out).permute(0, 3, 1, 2) + x[:0].sum() + w[:0].sum()
-    return y.permute([("NCHW").index(letter) for letter in data_format])
+        nothing = x[:0].sum(dtype=x.dtype) + w[:0].sum(dtype=x.dtype)
+        y = nothing.expand(n, c_out, *out).contiguous(memory_format=torch.channels_last)
+    return y.permute(["NCHW".index(letter) for letter in data_format])
 
 
 def _check_operands(input: Tensor, filters: Tensor) -> None:
