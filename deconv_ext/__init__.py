@@ -9,6 +9,7 @@ from . import functional, tf
 from .build import build_info
 from .conv1d import conv_transpose1d
 from .convert import ConversionReport, convert, revert
+from .fuse import FusionReport, fuse
 from .modules import (
     ConvTranspose1d,
     ConvTranspose2d,
@@ -21,6 +22,7 @@ __all__ = [
     "ConversionReport",
     "ConvTranspose1d",
     "ConvTranspose2d",
+    "FusionReport",
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "__version__",
@@ -28,6 +30,7 @@ __all__ = [
     "conv_transpose1d",
     "convert",
     "functional",
+    "fuse",
     "revert",
     "tf",
 ]

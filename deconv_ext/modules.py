@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ from . import functional
 from .circular import Axis, extend
 from .conv1d import conv_transpose1d, plane, single
 
+if TYPE_CHECKING:
+    from torch.nn.modules.conv import _ConvTransposeNd as _Torchs
+else:
+    _Torchs = object
+
 PADDING_MODES = ("zeros", "circular")
 
 
-class _Extended:
+class _Extended(_Torchs):
     """What our modules have beyond torch's, for any number of spatial dimensions.
 
     Stands before torch's class in the bases of a module, which says what `_dims`, `_operator` and
@@ -60,13 +65,14 @@ class _Extended:
             device,
             dtype,
         )
-        self.padding_mode = padding_mode
+        self.padding_mode = padding_mode  # type: ignore[assignment]
         if ours:
             self.padding = padding
         # A mistake is better met here than in a call.
         axes = self._axes(self.padding, self.output_padding)
         if ours and not isinstance(padding, str):
-            self.padding = tuple(tuple(side) for side in padding)
+            two_sided: Any = tuple(tuple(side) for side in padding)
+            self.padding = two_sided
         if padding_mode == "circular":
             # A call may yet choose another output_padding by its output_size.
             if any(not 0 <= a.output_padding - a.surplus < a.stride for a in axes):
@@ -99,7 +105,7 @@ class _Extended:
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()  # type: ignore[misc]
+        text = super().extra_repr()
         return text if self.output_size is None else f"{text}, output_size={self.output_size}"
 
     def _planar(self, padding: Any, output_padding: Any) -> tuple[Any, ...]:
