@@ -164,7 +164,7 @@ def _traced(graph: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[str, s
             reason = "the batch norm is called more than once"
         elif read & {layer.target, call.target}:
             reason = "its parameters or the batch norm's are used elsewhere too"
-        found[layer.target] = (call.target, reason)
+        found[str(layer.target)] = (call.target, reason)
     return found
 
 

@@ -86,7 +86,8 @@ class _Extended(_Torchs):
         `output_size`, the spatial size or the whole shape, chooses among the sizes that
         `output_padding` can give, in place of the constructor's; another size raises ValueError.
         """
-        padding, output_padding = self.padding, self.output_padding
+        padding: Any = self.padding
+        output_padding: Any = self.output_padding
         size = self.output_size if output_size is None else output_size
         if size is not None:
             padding, output_padding = self._fit(input, size)
@@ -230,10 +231,10 @@ class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):
     which it becomes in its first call.
     """
 
-    cls_to_become = ConvTranspose2d  # type: ignore[assignment]
+    cls_to_become = ConvTranspose2d
 
 
 class LazyConvTranspose1d(_Lazy, torch.nn.LazyConvTranspose1d, ConvTranspose1d):  # type: ignore[misc]
     """A `ConvTranspose1d` that takes `in_channels` from its first input."""
 
-    cls_to_become = ConvTranspose1d  # type: ignore[assignment]
+    cls_to_become = ConvTranspose1d
