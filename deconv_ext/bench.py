@@ -38,12 +38,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--layers", default="", help="only layers whose name matches this regex")
     what.add_argument("--ops", nargs="+", choices=(*OPERATIONS, "forward_grad"), default=OPERATIONS)
     what.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
-    what.add_argument("--dtype", default="float32", choices=PRECISIONS)
+    what.add_argument("--dtype", choices=PRECISIONS, help="default float32")
     what.add_argument(
         "--compare",
-        default="torch",
         choices=("torch", "tuned"),
-        help="torch's operator as it is, or (CUDA) with cuDNN's search among all its candidates",
+        help="torch's operator as it is (default), or on CUDA with cuDNN's search of all it has",
     )
     what.add_argument("--algo", default="auto", help="force this implementation of ours")
     what.add_argument("--device", default="cpu", type=torch.device)
@@ -54,7 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--samples", type=int, help="of each; default 9 quiet ones, 100 on CUDA")
     what.add_argument("--seconds", type=float, default=2.0, help="time limit of a measurement")
     out = parser.add_argument_group("what to do with it")
-    out.add_argument("--load", type=Path, metavar="JSON", help="show this file, measure nothing")
+    out.add_argument(
+        "--load", type=Path, metavar="JSON", help="show of this file what the above selects"
+    )
     out.add_argument("--output", type=Path, metavar="JSON", help="write the result there")
     out.add_argument(
         "--save", action="store_true", help="to benchmarks/results/<device>/<dtype>.json and .png"
@@ -69,12 +70,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.overhead:
         options.layers, options.ops, options.layouts = "^tiny$", OVERHEAD, LAYOUTS[:1]
+    if options.load:
+        return options
     if options.device.type != "cuda" and options.compare == "tuned":
         parser.error(
             f"--compare tuned is about cuDNN and needs --device cuda, got {options.device}"
         )
     if options.device.type != "cuda" and options.dtype == "tf32":
         parser.error(f"--dtype tf32 needs --device cuda, got {options.device}")
+    options.dtype = options.dtype or "float32"
+    options.compare = options.compare or "torch"
     return options
 
 
@@ -142,6 +147,23 @@ def result_path(options: argparse.Namespace) -> Path | None:
     return path
 
 
+def selection(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """Of the file to load, the rows that the options ask for. ValueError if there are none."""
+    facts, rows = bench_table.load(options.load)
+    wanted = [
+        row
+        for row in rows
+        if re.search(options.layers, row.layer)
+        and row.op in options.ops
+        and row.layout in options.layouts
+        and options.dtype in (None, row.dtype)
+        and options.compare in (None, row.compare)
+    ]
+    if not wanted:
+        raise ValueError(f"{options.load} has no such row; it has {len(rows)} others")
+    return facts | {"dtype": options.dtype or facts["dtype"]}, wanted
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or show what was measured; 1 if a check fails."""
     options = parse(argv)
@@ -151,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1 if stale and options.check_readme else 0
     if options.load:
-        facts, rows = bench_table.load(options.load)
+        facts, rows = selection(options)
+        if options.output:
+            bench_table.save(options.output, facts, rows)
         if not options.markdown:
             print(bench_table.headline(facts), bench_table.HEADER, sep="\n")
             print(*(bench_table.line(row, facts) for row in rows), sep="\n")

@@ -62,4 +62,4 @@ def _finish_roof(axes: Any, machine: dict[str, Any], dtype: str, intensities: li
     axes.set(xlabel="FLOP per byte (x, w and y once each)", ylabel="GFLOP/s")
     axes.set_title("roof: what torch reaches, measured in the same run")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend()

@@ -103,7 +103,7 @@ def geomean(values: Iterable[float]) -> float:
 
 HEADER = (
     f"{'layer':<20}{'class':<16}{'operation':<13}{'dtype':<9}{'layout':<14}{'us ours':>10}"
-    f"{'us torch':>10}{'ratio':>7}{'best':>7}{'error':>9}{'torch':>9}{'GFLOP/s':>9}{'GB/s':>8}"
+    f"{'us torch':>10}{'ratio':>8}{'best':>8}{'error':>9}{'torch':>9}{'GFLOP/s':>9}{'GB/s':>8}"
     f"{'of roof':>8}"
 )
 
@@ -136,7 +136,7 @@ def line(row: Row, facts: dict[str, Any]) -> str:
     )
     return (
         f"{row.layer:<20}{row.kind:<16}{row.op:<13}{row.dtype:<9}{LAYOUT_NAMES[row.layout]:<14}"
-        f"{row.ours_us:>10.1f}{row.torch_us:>10.1f}{row.ratio:>7.2f}{row.best_ratio:>7.2f}"
+        f"{row.ours_us:>10.1f}{row.torch_us:>10.1f}{row.ratio:>8.2f}{row.best_ratio:>8.2f}"
         f"{''.join(errors)}{row.gflops:>9.1f}{row.gbs:>8.1f}{row.of_roof(facts):>8.0%}"
         + (f"  rewrite {row.rewrite_us:.1f} us" if row.rewrite_us else "")
         + (f"  noisy: {row.quiet} quiet samples" if row.noisy else "")
