@@ -152,7 +152,8 @@ def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 def repeatable(context: Context) -> Iterator[Row]:
     """Bitwise equal gradients in 100 training steps, in a geometry known to vary in cuDNN."""
-    case = make_case("k5", (1, 192, 19, 27), 192, 5, 2, 2, 1)
+    channels = 16 if context.dry else 192
+    case = make_case("k5", (1, channels, 19, 27), channels, 5, 2, 2, 1)
     for precision, layout in conditions():
         with precision_setting(precision):
             step = _step(case, precision, layout, context)
@@ -317,7 +318,7 @@ def suite(context: Context, _: str) -> None:
         row: Row = {"check": f"pytest -m '{expression}'"}
         command = [sys.executable, "-m", "pytest", "-q", "-m", expression, "-p", "no:cacheprovider"]
         command.append("--continue-on-collection-errors")
-        command.append("tests/test_reference.py" if context.dry else "tests")
+        command.append("tests/test_geometry.py" if context.dry else "tests")
         limit = max(60.0, context.left())
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -335,5 +336,5 @@ def suite(context: Context, _: str) -> None:
     def tail(text: str) -> list[str]:
         return text.splitlines()[-60:]
 
-    expressions = ("gpu", "not gpu and not slow")
+    expressions = ["not gpu and not slow"] if context.dry else ["gpu", "not gpu and not slow"]
     journal.run([(f"pytest {each}", lambda e=each: pytest(e)) for each in expressions])
