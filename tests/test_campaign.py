@@ -322,6 +322,19 @@ def test_every_class_is_met_early_and_no_layer_is_lost() -> None:
     assert sorted(map(str, layers)) == sorted(map(str, LAYERS))
 
 
+def test_the_most_valuable_is_timed_first_and_everything_once() -> None:
+    layers = context.by_class(load_layers("gpu"))
+    order = context.by_value(bench.OPERATIONS, layers)
+    first = order[: 2 * len(layers)]
+    assert {choice[:2] for choice in first} == {("bfloat16", "forward"), ("tf32", "forward")}
+    second = order[2 * len(layers) :][: 4 * len(PRECISIONS) * 8 - 2 * 8]
+    assert {(op, dtype) for dtype, op, _ in second} >= {
+        (op, dtype) for op in bench.OPERATIONS[1:] for dtype in PRECISIONS
+    }
+    assert {case for _, _, case in second} == set(layers[:8])
+    assert len(order) == len(set(order)) == 4 * len(PRECISIONS) * len(layers)
+
+
 def test_edge_cases_come_first_and_all_of_them_in_a_real_run(tmp_path: Path) -> None:
     cases = Context(tmp_path, False, 0.0).small_cases()
     assert tuple(cases[: len(EDGE)]) == EDGE and len(cases) > len(EDGE) + len(LAYERS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,18 @@ def by_class(cases: Iterable[Case]) -> list[Case]:
         classes.setdefault(case.kind, []).append(case)
     turns = itertools.zip_longest(*classes.values())
     return [case for turn in turns for case in turn if case is not None]
+
+
+def by_value(operations: Sequence[str], layers: Sequence[Case]) -> list[tuple[str, str, Case]]:
+    """Every (dtype, operation, layer): the first operation in the two dtypes that matter most, then
+    everything for one layer of each class, then the rest."""
+    classes = len({case.kind for case in layers})
+    choices = itertools.chain(
+        itertools.product(ORDER[:2], operations[:1], layers),
+        itertools.product(ORDER, operations, layers[:classes]),
+        itertools.product(ORDER, operations, layers),
+    )
+    return list(dict.fromkeys(choices))
 
 
 def shrunk(case: Case) -> Case:

@@ -29,7 +29,7 @@ from deconv_ext.bench_machine import command_output, gpu_state
 from deconv_ext.build import find_library
 from deconv_ext.testing import Case
 
-from .context import ORDER, PRODUCTS, Context, algorithms
+from .context import PRODUCTS, Context, algorithms, by_value
 from .journal import Job, Row, context_lives
 
 # --- 1: environment ------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ def environment(context: Context, compare: str) -> None:
         yield names | {"compare": compare, "kernels": found}
 
     def jobs() -> Iterator[Job]:
-        choices = itertools.product(ORDER, PRODUCTS, context.layers(), LAYOUTS)
-        for precision, op, case, layout in choices:
+        choices = by_value(PRODUCTS, context.layers())
+        for (precision, op, case), layout in itertools.product(choices, LAYOUTS):
             name = f"kernels {compare} {precision} {op} {case} {layout}"
             yield name, lambda c=(case, op, precision, layout): kernels(*c)
 
@@ -123,7 +123,7 @@ def timings(context: Context, compare: str) -> None:
             yield dataclasses.asdict(row)
 
     def jobs() -> Iterator[Job]:
-        for precision, op, case in itertools.product(ORDER, OPERATIONS, context.layers()):
+        for precision, op, case in by_value(OPERATIONS, context.layers()):
             name = f"{compare} {precision} {op} {case}"
             yield name, lambda c=(case, op, precision): rows(*c)
 
@@ -164,8 +164,8 @@ def tuning(context: Context, _: str) -> None:
         yield names | {"us": found, "best": best, "declined": declined}
 
     def jobs() -> Iterator[Job]:
-        choices = itertools.product(ORDER, PRODUCTS, context.layers(), LAYOUTS)
-        for precision, op, case, layout in choices:
+        choices = by_value(PRODUCTS, context.layers())
+        for (precision, op, case), layout in itertools.product(choices, LAYOUTS):
             name = f"{precision} {op} {case} {layout}"
             yield name, lambda c=(case, op, precision, layout): times(*c)
 
