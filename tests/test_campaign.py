@@ -268,6 +268,25 @@ def test_the_matrix_finds_wrong_results(
     assert sum("exact" in each for each in row["wrong"]) >= 3 and row["taken"] >= 5
 
 
+def test_a_launch_that_fails_is_named_and_the_other_cases_still_run(
+    dry_context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, bad = correctness.product, dry_context.small_cases()[0]
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: invalid argument\nmore")
+
+    def product(case: Any, op: str, t: Any, algo: str) -> Any:
+        return fail if case == bad and algo == "auto" else real(case, op, t, algo)
+
+    monkeypatch.setattr(correctness, "product", product)
+    journal = dry_context.journal("3-correctness")
+    choice = ("forward", "auto", "float32", "contiguous")
+    row = next(correctness.matrix(dry_context, journal, "name", *choice))
+    assert row["wrong"] == [f"{bad}: CUDA error: invalid argument"]
+    assert row["taken"] == len(dry_context.small_cases()) - 1
+
+
 def test_declined_problems_are_counted_with_a_reason(dry_context: Context) -> None:
     journal = dry_context.journal("3-correctness")
     choice = ("forward", "depthwise", "float32", "channels_last")

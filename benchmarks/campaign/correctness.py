@@ -30,7 +30,7 @@ from deconv_ext.functional import conv_transpose2d
 from deconv_ext.testing import EDGE, Case, Operands, make_case, relayout
 
 from .context import PRODUCTS, Context, algorithms, arranged, conditions
-from .journal import Job, Row
+from .journal import Job, Row, context_lives
 
 #: Largest error relative to the largest value. Rounding of the result alone is half of 2^-11 in
 #: float16, of 2^-8 in bfloat16; TF32 cuts both factors to 11 bits.
@@ -71,10 +71,14 @@ def matrix(context: Context, journal: Any, name: str, *choice: str) -> Iterator[
                 try:
                     got = product(case, op, t, algo)().cpu()
                 except RuntimeError as error:
-                    if "cannot take this problem" not in str(error):
-                        raise
-                    row["declined"] += 1
-                    row["reason"] = row["reason"] or str(error).splitlines()[0]
+                    why = str(error).splitlines()[0]
+                    if not context_lives():
+                        raise RuntimeError(f"{case}: {why}") from error
+                    if "cannot take this problem" in why:
+                        row["declined"] += 1
+                        row["reason"] = row["reason"] or why
+                    else:
+                        row["wrong"].append(f"{case}: {why}")
                     break
                 theirs = None
                 if algo == "auto" and not exact and case.is_symmetric and case.batch:
