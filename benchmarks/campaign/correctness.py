@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -82,7 +83,8 @@ def matrix(context: Context, journal: Any, name: str, *choice: str) -> Iterator[
                     break
                 theirs = None
                 if algo == "auto" and not exact and case.is_symmetric and case.batch:
-                    theirs = torch_product(case, op, t)().cpu()
+                    with contextlib.suppress(RuntimeError):  # torch has gaps of its own
+                        theirs = torch_product(case, op, t)().cpu()
             if exact:
                 row["taken"] += 1
                 if got.shape != wanted.shape or not torch.equal(got, wanted.to(got.dtype)):
@@ -132,7 +134,8 @@ def opinfo(context: Context, dtype: torch.dtype) -> Iterator[Row]:
         args = [sample.input, *sample.args]
         wide = torch.complex128 if dtype.is_complex else torch.float64
         wanted = op.op(*(a if a is None else a.cpu().to(wide) for a in args), **sample.kwargs)
-        got = conv_transpose2d(*args, **sample.kwargs).cpu()
+        with precision_setting("float32"):  # the tolerance is that of IEEE arithmetic
+            got = conv_transpose2d(*args, **sample.kwargs).cpu()
         torch.testing.assert_close(got, wanted.to(dtype))
         if dtype in (torch.float64, torch.complex128):
             leaves = [a.detach().requires_grad_() for a in args if a is not None]
