@@ -7,8 +7,9 @@ Functions that call each other, this gives derivatives of every order.
 
 Call `forward`, `grad_input`, `grad_weight` and `grad_bias` (lower case): they record only what may
 be differentiated. Where somebody looks on at torch's dispatcher (a mode, a tracer, fake tensors),
-they call the operators of ops.py, which record by the same formulas. `geometry` is (stride, padding, output_padding, dilation, groups) as the binary
-module takes it: pairs (h, w), but padding (top, bottom, left, right).
+they call the operators of ops.py, which record by the same formulas. `geometry` is (stride,
+padding, output_padding, dilation, groups) as the binary module takes it: pairs (h, w), but padding
+(top, bottom, left, right).
 """
 
 from __future__ import annotations

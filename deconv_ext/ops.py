@@ -90,14 +90,13 @@ def _check_operands(name: str, other: Tensor, input: Tensor) -> None:
         other.dtype == input.dtype,
         lambda: f"Input type ({input.dtype}) and {name} type ({other.dtype}) should be the same",
     )
-    for what, tensor in (("input", input), (name, other)):
-        torch._check(
-            tensor.dim() == 4,
-            lambda: (
-                f"Expected 4D (batched) {what} to conv_transpose2d, but got {what} of size: "
-                f"{list(tensor.shape)}"
-            ),
-        )
+    torch._check(
+        input.dim() == 4 and other.dim() == 4,
+        lambda: (
+            f"Expected 4D (batched) input and {name} to conv_transpose2d, but got input of size: "
+            f"{list(input.shape)} and {name} of size: {list(other.shape)}"
+        ),
+    )
 
 
 @torch.library.register_fake("deconv_ext::conv_transpose2d")
@@ -237,8 +236,7 @@ def onnx_translations() -> dict[Any, Any]:
 @functools.cache
 def register_sharding() -> None:
     """Tell DTensor how the operators go over a mesh: all replicated, or the batch in shards."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
-    from torch.distributed.tensor import experimental
+    from torch.distributed.tensor import Partial, Replicate, Shard, experimental
 
     batch: dict[str, tuple[Any, list[Any]]] = {  # result, operands
         "forward": (Shard(0), [Shard(0), Replicate(), Replicate()]),
