@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
@@ -129,6 +131,8 @@ def resolve_padding(
     """(top, bottom, left, right) and output_padding for any way to write the padding."""
     if isinstance(padding, str):
         kernel_size = (*weight_shape, 1, 1, 1, 1)[2:4]  # of other dimensions it is refused later
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace makes tensors of sizes
+            kernel_size = tuple(map(int, kernel_size))
         return _named_padding(padding, kernel_size, stride, output_padding, dilation)
     if is_two_sided(padding):
         if [len(side) for side in padding] != [2, 2]:
@@ -240,7 +244,12 @@ def _knows_our_operators(kind: type[Tensor]) -> bool:
 
 def _has_kernels(device: torch.device, layout: torch.layout) -> bool:
     """Whether there are kernels for such tensors; if not, one warning or an error."""
-    if reason := _obstacle(device, layout):
+    return _accept(_obstacle(device, layout))
+
+
+def _accept(reason: str) -> bool:
+    """True without a reason against our operator; else one warning, or the error asked for."""
+    if reason:
         if os.environ.get("DECONV_EXT_STRICT", "") not in ("", "0"):
             raise RuntimeError(f"deconv_ext: {reason}, and DECONV_EXT_STRICT is set")
         _warn_once(reason)
@@ -251,6 +260,9 @@ def _traced(device: torch.device, layout: torch.layout) -> bool:
     """As `_has_kernels`, for Dynamo, which needs the operators to be there before it goes on."""
     if device.type == "meta" or not _has_kernels(device, layout):
         return False
+    # torch.library has no forward mode, and no reverse mode for torch.func: it would lose tangents.
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _accept("no torch.func transforms and no forward mode inside of torch.compile")
     return bool(autograd.operators())
 
 
@@ -277,7 +289,7 @@ def _obstacle(device: torch.device, layout: torch.layout) -> str:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"deconv_ext: {reason}; torch's own operator is used", stacklevel=5)
+    warnings.warn(f"deconv_ext: {reason}; torch's own operator is used", stacklevel=6)
 
 
 def _torch_operator(
