@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tensorflow_results as theirs
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
 from torch.testing import assert_close
 
+import tensorflow_results as theirs
 from deconv_ext import ConvTranspose1d, ConvTranspose2d
 from deconv_ext.functional import conv_transpose2d
 from deconv_ext.tf import conv2d_transpose, from_keras
