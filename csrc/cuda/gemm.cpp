@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstring>
+#include <stdexcept>
 
 #include "launch.h"
 
@@ -38,19 +38,20 @@ const GemmKernels& kernels_of(Dtype dtype, Product product) {
 
 const char* gemm_declines(Op op, const Params& params, const std::string& config) {
   if (const char* declined = decline_gemm(op, params)) return declined;
+  const Device device = current_device();
+  // Whether TF32 is allowed is not known here: a tile that either product has is a tile.
   for (bool allow_tf32 : {false, true}) {
     const Product product = product_of(params.dtype, allow_tf32);
     try {
-      const Device largest{1, kSharedBytes};
       if (op == Op::kGradWeight)
-        plan_weight(params, product, config, largest);
+        plan_weight(params, product, config, device);
       else
-        plan_gather(op, params, product, config, largest);
+        plan_gather(op, params, product, config, device);
+      return nullptr;
     } catch (const std::invalid_argument&) {
-      return "it has no such tile for this type, or shared memory does not hold it";
     }
   }
-  return nullptr;
+  return "it has no such tile for this type, or shared memory does not hold it";
 }
 
 std::string run_gemm(Op op, const Params& params, const std::string& config,

@@ -240,8 +240,8 @@ __device__ void Gather<T, kProduct, kTile>::run(const GatherPlan& p) {
 }
 
 template <class T, Product kProduct, int kTile>
-__global__ __launch_bounds__(kGatherTiles[kTile].threads()) void gather_kernel(
-    const __grid_constant__ GatherPlan p) {
+__global__ __launch_bounds__(kGatherTiles[kTile].threads(),
+                             1) void gather_kernel(const __grid_constant__ GatherPlan p) {
   Gather<T, kProduct, kTile>::run(p);
 }
 

@@ -57,6 +57,8 @@ __device__ void list_pixels(PixelAt* list, const PixelTiling& tiling) {
   }
 }
 
+constexpr int kBatch = 4;  // vectors of a thread that are read before the first is written
+
 // Vectors [c0, c0 + (1 << log_vectors) * v) of channels of `pixels` pixels, the first pixel of the
 // tile at (n0, h0, w0). Asynchronous copies are left for the caller to commit.
 template <class T, int kThreads>
@@ -68,39 +70,65 @@ __device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, 
                   (static_cast<int64_t>(group) * o.channels + c0) * o.stride[1];
   const int stride_n = static_cast<int>(o.stride[0]), stride_h = static_cast<int>(o.stride[2]),
             stride_w = static_cast<int>(o.stride[3]);
-  const int vector_mask = (1 << log_vectors) - 1, lane = threadIdx.x % 32;
-  const int rounded = o.channel_fastest ? pixels : (pixels + 31) & ~31;
-  for (int i = threadIdx.x; i < rounded << log_vectors; i += kThreads) {
-    const int vector = (o.channel_fastest ? i : i >> 5) & vector_mask;
+  const int64_t stride_c = o.stride[1];
+  const int lane = threadIdx.x % 32;
+  const int total = (o.channel_fastest ? pixels : (pixels + 31) & ~31) << log_vectors;
+
+  struct Piece {
+    const T* from;
+    unsigned char* to;
+    int count;  // of channels that exist; -1: nothing to write
+  };
+  const auto piece = [&](int i) {
+    const int vector = (o.channel_fastest ? i : i >> 5) & ((1 << log_vectors) - 1);
     const int pixel = o.channel_fastest ? i >> log_vectors : (i >> 5 >> log_vectors << 5) + lane;
-    if (pixel >= pixels) continue;
+    if (i >= total || pixel >= pixels) return Piece{static_cast<const T*>(o.data), to, -1};
     const PixelAt at = load(list + pixel);
-    const int h = h0 + at.h, w = w0 + at.w;
+    const int h = h0 + at.h, w = w0 + at.w, left = o.channels - c0 - vector * kV;
     const bool inside = at.exists && n0 + at.n < o.batch &&
                         static_cast<unsigned>(h) < static_cast<unsigned>(o.h) &&
                         static_cast<unsigned>(w) < static_cast<unsigned>(o.w);
-    const int left = o.channels - c0 - vector * kV;
-    const int count = inside ? (left < 0 ? 0 : left < kV ? left : kV) : 0;
-    const T* from = count == 0 ? static_cast<const T*>(o.data)
-                               : base + (at.n * stride_n + h * stride_h + w * stride_w) +
-                                     vector * kV * o.stride[1];
-    unsigned char* vector_to = to + (vector * pitch + pixel) * kVectorBytes;
-    if (o.vectors) {
-      copy_async<kVectorBytes>(vector_to, from, count * static_cast<int>(sizeof(T)));
-    } else if constexpr (sizeof(T) >= 4) {
+    const int count = inside && left > 0 ? (left < kV ? left : kV) : 0;
+    return Piece{count == 0 ? static_cast<const T*>(o.data)
+                            : base + (at.n * stride_n + h * stride_h + w * stride_w) +
+                                  vector * kV * stride_c,
+                 to + (vector * pitch + pixel) * kVectorBytes, count};
+  };
+
+  if (o.vectors) {
+    for (int i = threadIdx.x; i < total; i += kThreads) {
+      const Piece p = piece(i);
+      if (p.count >= 0)
+        copy_async<kVectorBytes>(p.to, p.from, p.count * static_cast<int>(sizeof(T)));
+    }
+  } else if constexpr (sizeof(T) >= 4) {
+    for (int i = threadIdx.x; i < total; i += kThreads) {
+      const Piece p = piece(i);
+      if (p.count < 0) continue;
 #pragma unroll
       for (int e = 0; e < kV; ++e)
-        copy_async<sizeof(T)>(vector_to + e * sizeof(T), from + (e < count ? e * o.stride[1] : 0),
-                              e < count ? static_cast<int>(sizeof(T)) : 0);
-    } else {
-      Vector<uint32_t, 4> pairs;
+        copy_async<sizeof(T)>(p.to + e * sizeof(T), e < p.count ? p.from + e * stride_c : p.from,
+                              e < p.count ? static_cast<int>(sizeof(T)) : 0);
+    }
+  } else {
+    for (int i = threadIdx.x; i < total; i += kBatch * kThreads) {
+      Piece p[kBatch];
+      uint16_t bits[kBatch][kV];
 #pragma unroll
-      for (int e = 0; e < kV; e += 2) {
-        const uint32_t low = e < count ? from[e * o.stride[1]].bits : 0;
-        const uint32_t high = e + 1 < count ? from[(e + 1) * o.stride[1]].bits : 0;
-        pairs.at[e / 2] = low | high << 16;
+      for (int b = 0; b < kBatch; ++b) {
+        p[b] = piece(i + b * kThreads);
+#pragma unroll
+        for (int e = 0; e < kV; ++e)
+          bits[b][e] = e < p[b].count ? p[b].from[e * stride_c].bits : uint16_t{0};
       }
-      store(reinterpret_cast<Vector<uint32_t, 4>*>(vector_to), pairs);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        Vector<uint32_t, 4> pairs;
+#pragma unroll
+        for (int e = 0; e < kV; e += 2)
+          pairs.at[e / 2] = bits[b][e] | static_cast<uint32_t>(bits[b][e + 1]) << 16;
+        if (p[b].count >= 0) store(reinterpret_cast<Vector<uint32_t, 4>*>(p[b].to), pairs);
+      }
     }
   }
 }

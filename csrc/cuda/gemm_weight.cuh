@@ -221,8 +221,8 @@ __device__ void Weight<T, kProduct, kTile>::run(const WeightPlan& p) {
 }
 
 template <class T, Product kProduct, int kTile>
-__global__ __launch_bounds__(kWeightTiles[kTile].threads()) void weight_kernel(
-    const __grid_constant__ WeightPlan p) {
+__global__ __launch_bounds__(kWeightTiles[kTile].threads(),
+                             1) void weight_kernel(const __grid_constant__ WeightPlan p) {
   Weight<T, kProduct, kTile>::run(p);
 }
 
@@ -246,8 +246,8 @@ __device__ __attribute__((noinline)) Sum repaired(const ReducePlan& p, int64_t c
 }
 
 template <class T, class Sum>
-__global__ __launch_bounds__(kReduceThreads) void weight_reduce_kernel(
-    const __grid_constant__ ReducePlan p) {
+__global__ __launch_bounds__(kReduceThreads,
+                             1) void weight_reduce_kernel(const __grid_constant__ ReducePlan p) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kReduceThreads;
   const int kernel_h = static_cast<int>(p.params.problem.h.kernel),
             kernel_w = static_cast<int>(p.params.problem.w.kernel);
