@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: builds csrc/cuda with the C++ compiler and the machine that lies in
 cuda_on_cpu/, and calls it with tensors of torch. See cuda_on_cpu/emulation.h for what it checks.
 
-    python tests/emulator.py [PREFIX]      builds it and runs the algorithms of that prefix
+    PYTHONPATH=. python tests/emulator.py [PREFIX]      builds it and runs the algorithms of that prefix
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ class Emulator:
 
     def counts(self) -> list[dict[str, Any]]:
         """Of each launch since: {"kernel", "blocks", "memory": {"read x": {"requests", "bytes",
-        "sectors", "passes", "ideal"}, ...}, "conflicts": {place: the same}}. Sectors are the 32-byte
-        sectors of each request, summed; passes over the banks of shared memory, and how few they
-        could be."""
+        "sectors", "passes", "ideal"}, ...}, "conflicts": {place: the same}}. Sectors are the
+        32-byte sectors of each request, summed; passes over the banks of shared memory, and how few
+        they could be."""
         launches = json.loads(self._library.emulation_counts())
         for launch in launches:
             sites = launch["conflicts"].items()
@@ -269,26 +269,30 @@ class Emulator:
             )
 
 
+def define(op: str, case: Case, t: Operands) -> Tensor:
+    """The operation by its definition, in float64."""
+    x, w, bias, dy = (v.double().numpy() for v in t)
+    if op == "forward":
+        return torch.from_numpy(reference.forward(case, x, w, bias))
+    if op == "grad_input":
+        return torch.from_numpy(reference.grad_input(case, dy, w))
+    return torch.from_numpy(reference.grad_weight(case, x, dy))
+
+
 def main(prefix: str = "") -> None:
     emulator = Emulator(build())
     for op, case, dtype in itertools.product(OPERATIONS, EDGE, (torch.float32, torch.bfloat16)):
         t = case.operands(1, dtype, exact=True)
-        wide = [v.double().numpy() for v in t]
-        want = {
-            "forward": lambda: reference.forward(case, wide[0], wide[1], wide[2]),
-            "grad_input": lambda: reference.grad_input(case, wide[3], wide[1]),
-            "grad_weight": lambda: reference.grad_weight(case, wide[0], wide[3]),
-        }[op]()
+        want = define(op, case, t).to(dtype)
         for algo in emulator.algorithms(op):
-            if algo.startswith(prefix):
-                try:
-                    right = torch.equal(
-                        emulator.run(op, case, t, algo), torch.tensor(want).to(dtype)
-                    )
-                    outcome = "right" if right else "WRONG"
-                except (ValueError, KernelError) as error:
-                    outcome = f"{type(error).__name__}: {error}"
-                print(op, algo, case, dtype, outcome, flush=True)
+            if not algo.startswith(prefix):
+                continue
+            try:
+                right = torch.equal(emulator.run(op, case, t, algo), want)
+                outcome = "right" if right else "WRONG"
+            except (ValueError, KernelError) as error:
+                outcome = f"{type(error).__name__}: {error}"
+            print(op, algo, case, dtype, outcome, flush=True)
 
 
 if __name__ == "__main__":

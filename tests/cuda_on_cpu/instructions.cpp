@@ -27,7 +27,7 @@ bool on_stack(const void* address) {
 }
 
 void require_full(unsigned mask, Site site) {
-  if (mask != ~0u) fail(machine.thread, site, "the mask of a collective is %#x, not full", mask);
+  if (mask != ~0u) fail(machine.thread, site, "the mask of a collective is %u, not full", mask);
 }
 
 }  // namespace
@@ -100,7 +100,7 @@ void copy_async(void* s_to, const void* from, int bytes, int valid_bytes) {
   if (valid_bytes < 0 || valid_bytes > bytes)
     fail(machine.thread, SITE, "copies %d of %d bytes", valid_bytes, bytes);
   if (reinterpret_cast<uintptr_t>(from) % size || reinterpret_cast<uintptr_t>(s_to) % size)
-    fail(machine.thread, SITE, "misaligned: copies %d bytes from %p to %p", bytes, from, s_to);
+    fail(machine.thread, SITE, "misaligned: copies %d bytes", bytes);
   if (valid_bytes)
     check(machine.thread, SITE, from, static_cast<size_t>(valid_bytes), Access::kRead, 1);
   check_copy_issued(machine.thread, SITE, s_to, size);
