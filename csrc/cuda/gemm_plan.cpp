@@ -86,15 +86,21 @@ int fewest_group_taps(const AxisTable& axis) {
   return fewest;
 }
 
-// The number of vectors of channels that are staged at a time. It sets the order of summation, so
-// it must not depend on the tile or the batch.
+// The number of vectors of channels that are staged at a time: as many as keep a step's weights
+// within kStepVectors, and staged pixels in bounds where planes multiply them. It sets the order of
+// summation, so it must not depend on the tile or the batch.
 int choose_chunk(const AxisTable& h, const AxisTable& w, int64_t channel_vectors) {
+  const int taps = most_group_taps(w), planes = h.planes * w.planes;
   int log = 1;
-  while (log < 3 && (most_group_taps(w) << (log + 1)) <= kStepVectors &&
-         (h.planes * w.planes << log) < 8 && (int64_t{1} << log) < channel_vectors)
+  while (log < 3 && taps << (log + 1) <= kStepVectors &&
+         planes * taps << (log + 1) <= 2 * kStepVectors && (int64_t{1} << log) < channel_vectors)
     ++log;
   return log;
 }
+
+// Elements staged a cycle by a multiprocessor, over its multiply-adds a cycle on tensor cores with
+// mma.sync, from the figures of an H100: (64 bytes / 2) and 1290.
+constexpr double kStagingCost = 40;
 
 GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_index) {
   const GatherTile& tile = kGatherTiles[tile_index];
@@ -335,9 +341,12 @@ GatherPlan plan_gather(Op op, const Params& params, Product product, const std::
     if (!(compiled >> i & 1) || tile.rows_across != rows_across || tile.phases != phases) continue;
     const GatherPlan plan = fill_gather(op, params, product, i);
     if (!fits(plan, device)) continue;
-    // Rounds of one block a multiprocessor.
+    // Rounds of one block a multiprocessor; of a block, multiply-adds and copies a channel.
+    const double taps =
+        static_cast<double>(plan.h.taps * plan.w.taps) / std::max(1, plan.h.sets * plan.w.sets);
     const double cost = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) *
-                        tile.rows * tile.pixels * tile.phases / tile.rate;
+                        (tile.rows * tile.pixels * taps / tile.rate +
+                         kStagingCost * (plan.staged.pixels + tile.rows * taps));
     if (cost < best_cost) best_cost = cost, best = plan;
   }
   if (best_cost == std::numeric_limits<double>::infinity()) does_not_fit("");
@@ -360,8 +369,10 @@ WeightPlan plan_weight(const Params& params, Product product, const std::string&
     const WeightPlan plan = fill_weight(params, product, i, device);
     if (!fits(plan, device)) continue;
     const double tiles = static_cast<double>(ceil_div(plan.tiling.tiles(), plan.splits));
-    const double cost = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) * tiles *
-                        tile.c_in * tile.c_out * tile.taps() / tile.rate;
+    const double cost =
+        static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) * tiles *
+        (kWeightPixels * tile.c_in * tile.c_out * tile.taps() / tile.rate +
+         kStagingCost * (kWeightPixels * tile.c_in + plan.staged.pixels * tile.c_out));
     if (cost < best_cost) best_cost = cost, best = plan;
   }
   if (best_cost == std::numeric_limits<double>::infinity()) does_not_fit("");

@@ -12,6 +12,8 @@
 // that the tile needs is read once; NCHW and channels_last differ in nothing else.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "../half.h"
 #include "gemm_plan.h"
 #include "memory.cuh"

@@ -20,6 +20,8 @@
 // begin; in PixelMma none if the pitch of a vector of channels is 4 modulo 8 (odd for 16 bits).
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "../half.h"
 #include "configs.h"
 #include "memory.cuh"
