@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: builds csrc/cuda with the C++ compiler and the machine that lies in
 cuda_on_cpu/, and calls it with tensors of torch. See cuda_on_cpu/emulation.h for what it checks.
 
-    PYTHONPATH=. python tests/emulator.py [PREFIX]      builds it and runs the algorithms of that prefix
+    PYTHONPATH=. python tests/emulator.py [PREFIX]      runs the algorithms of that prefix
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def build(sources: Sequence[Path] = KERNELS, sanitize: bool = False) -> Path:
             partial.replace(target)
         return target
 
+    # The machine first: of templates that both use, the linker keeps the first, and the machine's
+    # own must not be checked.
     with ThreadPoolExecutor(toolchain.jobs()) as pool:
-        objects = [*pool.map(compile_one, [*sources, *(HERE / name for name in MACHINE)])]
+        objects = [*pool.map(compile_one, [*(HERE / name for name in MACHINE), *sources])]
     names = " ".join(map(str, objects))
     library = cache / f"emulator-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -234,8 +236,9 @@ class Emulator:
                 base = int(line.partition("-")[0], 16) - int(line.split()[2], 16)
                 break
         offset = hex(address - base - 1)  # of the call, not of what follows it
-        lines = toolchain.output("addr2line", "-i", "-s", "-e", str(self.path), offset).split()
-        kernel = [line for line in lines if "runtime_api.h" not in line and "??" not in line]
+        lines = toolchain.output("addr2line", "-i", "-s", "-e", str(self.path), offset).splitlines()
+        places = [line.split()[0] for line in lines]
+        kernel = [p for p in places if "runtime_api.h" not in p and "??" not in p]
         return " < ".join(kernel) or offset
 
     def _place(self, tensor: Tensor, name: str, written: bool) -> Tensor:

@@ -10,6 +10,8 @@
 // its size. Single elements may be read and written through plain pointers.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 #include <cstring>
 

@@ -14,6 +14,8 @@
 // All 32 lanes of a warp call ldmatrix and mma together.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 #include <type_traits>
 

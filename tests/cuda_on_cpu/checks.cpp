@@ -246,7 +246,7 @@ using emulation::machine;
 
 inline void plain(const void* address, size_t bytes, Access access, size_t aligned,
                   emulation::Site site) {
-  if (machine.thread < 0) return;  // the host
+  if (!machine.on_thread) return;
   const char* p = static_cast<const char*>(address);
   if (p >= machine.stack && p < machine.stack + emulation::kStackBytes) return;
   if (bytes) emulation::check(machine.thread, site, address, bytes, access, aligned);

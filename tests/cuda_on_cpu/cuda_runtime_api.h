@@ -17,6 +17,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 #define __shared__ static_assert(false, "shared memory is dynamic: shared_memory<T>()");
 
@@ -50,7 +51,8 @@ extern "C" const uint3 threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
 
-__forceinline__ void __syncthreads() { emulation::sync_block(); }
+// Barriers are told apart by their line: the compiler may make several calls of one.
+__forceinline__ void __syncthreads(int line = __builtin_LINE()) { emulation::sync_block(line); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { emulation::sync_warp(mask); }
 
 template <class T>

@@ -66,7 +66,7 @@ void* shared_memory();
 void load(void* to, const void* from, size_t bytes);
 void store(void* to, const void* from, size_t bytes);
 
-void sync_block();
+void sync_block(int line);
 void sync_warp(unsigned mask);
 void shuffle(unsigned mask, void* value, size_t bytes, int from_lane);
 unsigned ballot(unsigned mask, bool predicate);

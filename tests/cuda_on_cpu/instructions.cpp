@@ -141,6 +141,9 @@ void ldmatrix(uint32_t* r, const void* s_row, int matrices, bool transposed) {
         const auto of = [lanes](int lane) -> Operands& {
           return *static_cast<Operands*>(lanes[lane]);
         };
+        for (int lane = 1; lane < kWarp; ++lane)
+          if (of(lane).matrices != of(0).matrices || of(lane).transposed != of(0).transposed)
+            fail(machine.thread, of(lane).site, "loads other matrices than lane 0 of its warp");
         for (int m = 0; m < of(0).matrices; ++m) {
           uint16_t matrix[8][8];
           for (int row = 0; row < 8; ++row) {

@@ -33,6 +33,7 @@ struct Thread {
   char* stack;
   State state;
   Site site;                              // of the barrier or collective it waits at
+  int line;                               // of the barrier
   Execute execute;                        // of the collective
   void* operands;                         // of this lane
   std::vector<std::vector<Copy>> groups;  // copies in flight by commit group, oldest first
@@ -42,10 +43,11 @@ struct Thread {
 struct Machine {
   const char* kernel = "";
   int launch = 0;
-  int64_t block = 0;                 // linear
-  int thread = -1;                   // that runs; -1: the host
-  char* stack = nullptr;             // of that thread
-  uint32_t epoch = 0;                // barriers of this block so far
+  int64_t block = 0;       // linear
+  bool on_thread = false;  // else the host runs; false before any constructor has run, too
+  int thread = 0;          // that runs
+  char* stack = nullptr;   // of that thread
+  uint32_t epoch = 0;      // barriers of this block so far
   std::vector<uint32_t> warp_epoch;  // __syncwarp()s of each warp in this block
   std::vector<Thread> threads;
   unsigned char* shared = nullptr;

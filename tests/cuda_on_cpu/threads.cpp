@@ -140,11 +140,12 @@ void resume(int index) {
                  y = emulated_block_size.y;
   emulated_thread = {i % x, i / x % y, i / x / y};
   machine.thread = index;
+  machine.on_thread = true;
   machine.stack = thread.stack;
   leave(thread.stack, kStackBytes);
   switch_stack(&host_stack_pointer, thread.stack_pointer);
   arrive_on_host();
-  machine.thread = -1;
+  machine.on_thread = false;
   if (!failure.empty()) throw std::runtime_error(failure);
 }
 
@@ -192,7 +193,7 @@ void run_block() {
     for (const Thread& other : machine.threads) {
       if (other.state == State::kDone)
         fail(index(barrier), barrier->site, "waits at a barrier, but other threads have ended");
-      if (other.site != barrier->site)
+      if (other.line != barrier->line)
         fail(index(barrier), barrier->site,
              "waits at a barrier, but other threads wait at another one");
     }
@@ -221,7 +222,7 @@ void fail(int thread, Site site, const char* format, ...) {
   std::snprintf(end, sizeof(end), " [at %p, seed %llu]", site,
                 static_cast<unsigned long long>(machine.seed));
   failure = std::string(where) + what + end;
-  if (machine.thread < 0) throw std::runtime_error(failure);
+  if (!machine.on_thread) throw std::runtime_error(failure);
   yield();
   __builtin_unreachable();
 }
@@ -257,8 +258,9 @@ void launch_erased(void (*run)(const void*, const void*), const void* kernel, co
 
 void copy_argument(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
-void sync_block() {
+void sync_block(int line) {
   Thread& thread = current();
+  thread.line = line;
   thread.state = State::kAtBarrier;
   thread.site = __builtin_return_address(0);
   yield();
@@ -277,7 +279,7 @@ void collective(Site site, Execute execute, void* operands) {
       fail(machine.thread, site, "needs a whole warp, and its block ends within it");
     const Thread& other = machine.threads[first + lane];
     if (other.state != State::kAtCollective) return yield();
-    if (other.site != site || other.execute != execute)
+    if (other.execute != execute)
       fail(machine.thread, site, "waits at a warp collective, but lane %zu waits at another one",
            lane);
     all[lane] = other.operands;
