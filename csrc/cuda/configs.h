@@ -75,6 +75,7 @@ constexpr WeightTile kWeightTiles[] = {
     {"64x32x16", 64, 32, 32, 32, 4, 4, 1.0},  // 0: kernels of 3x3 and more
     {"64x64x4", 64, 64, 64, 64, 4, 1, 1.0},   // 1: 2x2
     {"32x32x4", 32, 32, 32, 32, 4, 1, 0.6},   // 2: few channels; float64
+    {"32x16x4", 32, 16, 32, 16, 4, 1, 0.4},   // 3: wide types, wide halos
 };
 constexpr int kWeightTileCount = sizeof(kWeightTiles) / sizeof(WeightTile);
 
@@ -96,9 +97,9 @@ struct ArithmeticInfo {
 enum Product { kMma16, kTf32, kFma32, kMma64 };
 constexpr ArithmeticInfo kProducts[] = {
     {"mma.sync, 16 bits", 2, 0x7f, 0x7},
-    {"mma.sync, TF32", 4, 0x7f, 0x7},
-    {"FFMA, float32", 4, 0x6b, 0x5},
-    {"mma.sync, float64", 8, 0x4a, 0x4},
+    {"mma.sync, TF32", 4, 0x7f, 0xf},
+    {"FFMA, float32", 4, 0x6b, 0xd},
+    {"mma.sync, float64", 8, 0x4a, 0xc},
 };
 
 }  // namespace cuda
