@@ -1,7 +1,10 @@
 """The CUDA kernels on the CPU: builds csrc/cuda with the C++ compiler and the machine that lies in
 cuda_on_cpu/, and calls it with tensors of torch. See cuda_on_cpu/emulation.h for what it checks.
 
-    PYTHONPATH=. python tests/emulator.py [PREFIX]      runs the algorithms of that prefix
+    PYTHONPATH=. python tests/emulator.py [PREFIX [sanitize]]
+
+runs the algorithms of that prefix on the edge cases, perhaps built with AddressSanitizer and UBSan
+(under LD_PRELOAD of libasan).
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ from deconv_ext.testing import EDGE, Case, Operands
 HERE = Path(__file__).parent / "cuda_on_cpu"
 CSRC = Path(__file__).parents[1] / "csrc"
 MACHINE = ("threads.cpp", "checks.cpp", "instructions.cpp", "counters.cpp", "api.cpp")
-KERNELS = tuple(sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")]))
+KERNELS = (
+    *sorted((CSRC / "cuda").glob("*.cu")),
+    *sorted((CSRC / "cuda").glob("*.cpp")),
+    HERE / "configurations.cpp",
+)
 
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 # Before each access the compiler calls a function; the machine has its own of that name. What a
@@ -157,6 +164,12 @@ class Emulator:
         """What may be forced, best first."""
         return self._library.emulation_algorithms(OPERATIONS.index(op)).decode().split()
 
+    def configurations(self, op: str) -> list[str]:
+        """The algorithms, and what may be forced of them, as "algorithm:configuration"."""
+        configurations = self._library.emulation_configurations
+        configurations.restype = ctypes.c_char_p
+        return self.algorithms(op) + configurations(OPERATIONS.index(op)).decode().split()
+
     def set_device(self, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
         """The device that configurations are chosen for."""
         for which, value in ((16, processors), (75, capability[0]), (76, capability[1])):
@@ -282,8 +295,10 @@ def define(op: str, case: Case, t: Operands) -> Tensor:
     return torch.from_numpy(reference.grad_weight(case, x, dy))
 
 
-def main(prefix: str = "") -> None:
-    emulator = Emulator(build())
+def main(prefix: str = "", sanitize: str = "") -> int:
+    """Prints what becomes of each problem; 1 if anything is wrong."""
+    emulator = Emulator(build(sanitize=bool(sanitize)))
+    status = 0
     for op, case, dtype in itertools.product(OPERATIONS, EDGE, (torch.float32, torch.bfloat16)):
         t = case.operands(1, dtype, exact=True)
         want = define(op, case, t).to(dtype)
@@ -293,10 +308,14 @@ def main(prefix: str = "") -> None:
             try:
                 right = torch.equal(emulator.run(op, case, t, algo), want)
                 outcome = "right" if right else "WRONG"
-            except (ValueError, KernelError) as error:
-                outcome = f"{type(error).__name__}: {error}"
+            except ValueError as error:
+                right, outcome = True, str(error)
+            except KernelError as error:
+                right, outcome = False, f"MISTAKE: {error}"
+            status |= not right
             print(op, algo, case, dtype, outcome, flush=True)
+    return status
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

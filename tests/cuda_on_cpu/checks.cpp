@@ -5,8 +5,18 @@
 
 #include "machine.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(begin, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(begin, bytes)
+#endif
+
 namespace emulation {
 namespace {
+
+// Nobody's bytes on either side of what kernels may touch; callers of add_tensor leave as many.
+constexpr size_t kGap = 256;
 
 constexpr int kNobody = -1, kSeveral = -2;
 
@@ -162,9 +172,14 @@ void add_tensor(void* data, size_t bytes, Kind kind, const char* name) {
     std::memset(data, 0xff, bytes);  // NaN in every format
   }
   tensors.push_back(std::move(tensor));
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) - kGap, kGap);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + bytes, kGap);
 }
 
-void remove_tensors() { tensors.clear(); }
+void remove_tensors() {
+  for (const auto& t : tensors) ASAN_UNPOISON_MEMORY_REGION(t->begin - kGap, t->bytes + 2 * kGap);
+  tensors.clear();
+}
 
 void fill(void* data, int value, size_t bytes) {
   if (bytes == 0) return;
@@ -178,13 +193,14 @@ void fill(void* data, int value, size_t bytes) {
 
 // Dynamic shared memory is 128-byte aligned, between gaps, and poisoned for every block.
 void reset_shared() {
-  constexpr size_t kGap = 4096;
   if (shared_storage_bytes != machine.shared_bytes) {
-    shared_storage.reset(new unsigned char[machine.shared_bytes + 2 * kGap]);
+    shared_storage.reset(new unsigned char[machine.shared_bytes + 2 * kGap + 128]);
     shared_storage_bytes = machine.shared_bytes;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_storage.get()) + kGap;
+    machine.shared = reinterpret_cast<unsigned char*>((begin + 127) & ~uintptr_t{127});
+    ASAN_POISON_MEMORY_REGION(machine.shared - kGap, kGap);
+    ASAN_POISON_MEMORY_REGION(machine.shared + machine.shared_bytes, kGap);
   }
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_storage.get()) + kGap;
-  machine.shared = reinterpret_cast<unsigned char*>((begin + 127) & ~uintptr_t{127});
   std::memset(machine.shared, 0xff, machine.shared_bytes);
   shared_shadow.assign(machine.shared_bytes, SharedByte{});
 }

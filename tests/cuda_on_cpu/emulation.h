@@ -28,7 +28,8 @@ enum class Kind {
 };
 
 void seed(uint64_t value);
-// Tensors the kernels may touch; `bytes` at `data` stay the caller's.
+// Tensors the kernels may touch; `bytes` at `data` stay the caller's, who leaves a gap of 256 bytes
+// on either side.
 void add_tensor(void* data, size_t bytes, Kind kind, const char* name);
 void remove_tensors();
 void fill(void* data, int value, size_t bytes);
