@@ -60,10 +60,12 @@ int main() {
     }
     if (which == Op::kGradWeight) {
       const WeightPlan plan = plan_weight(p, static_cast<Product>(product), "", device);
-      std::printf("plan %s blocks %lld shared %lld splits %d tiles %lld staged %d sets %d\n",
-                  kWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
-                  static_cast<long long>(plan.shared_bytes), plan.splits,
-                  static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.tap_sets);
+      std::printf(
+          "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d sets %d parts %d\n",
+          kWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+          static_cast<long long>(plan.shared_bytes), plan.splits,
+          static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.tap_sets,
+          plan.groups_h * plan.groups_w);
       print_axis("h", plan.h);
       print_axis("w", plan.w);
     } else {

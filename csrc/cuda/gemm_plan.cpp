@@ -18,6 +18,12 @@ int log2_up(int64_t value) {
   return log;
 }
 
+// The distance of a pixel's vectors of channels, 2, 4 or 8 of them, such that copies of 32
+// neighbouring vectors, channels fastest, fill all banks evenly.
+int32_t copy_pitch(int64_t pixels, int vectors) {
+  return static_cast<int32_t>(round_up(pixels, 16 / vectors) + 8 / vectors);
+}
+
 struct SetTap {
   int64_t offset, k;
   int phase;  // within its set
@@ -140,8 +146,7 @@ GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_in
 
   cut_pixels(p.h, p.w, q.batch, log2_up(tile.pixels), &p.tiling, &p.staged);
   const int chunk = 1 << p.log_chunk;
-  // Vectors of one pixel in different banks: the copies of a warp then fill whole rows of banks.
-  p.staged.pitch = static_cast<int32_t>(round_up(p.staged.pixels, 16 / chunk) + 8 / chunk);
+  p.staged.pitch = copy_pitch(p.staged.pixels, chunk);
   // Steps t to t + kGatherStages - 1 are in flight, fewest_group_taps of them share a chunk.
   p.source_buffers = std::max(
       1, std::min((kGatherStages - 2) / std::max(1, fewest_group_taps(p.h)) + 2, p.chunks));
@@ -180,12 +185,13 @@ WeightPlan fill_weight(const Params& params, Product product, int tile_index,
       ceil_div(int64_t{most_group_taps(p.h)} * most_group_taps(p.w), p.set_taps));
 
   cut_pixels(p.h, p.w, q.batch, log2_up(kWeightPixels), &p.tiling, &p.staged);
-  // 16 bits: conflict-free copies; wider types, read a word at a time: conflict-free fragments.
-  const auto pitch = [&](int64_t pixels) {
-    return static_cast<int32_t>(info.element_bytes == 2 ? pixels | 1 : round_up(pixels, 8) + 4);
+  // 16 bits: ldmatrix takes any pitch. Wider types are read a word at a time.
+  const auto pitch = [&](int64_t pixels, int channels) {
+    return info.element_bytes == 2 ? copy_pitch(pixels, channels / 8)
+                                   : static_cast<int32_t>(round_up(pixels, 8) + 4);
   };
-  p.staged.pitch = pitch(p.staged.pixels);
-  p.x_pitch = pitch(kWeightPixels);
+  p.staged.pitch = pitch(p.staged.pixels, tile.c_out);
+  p.x_pitch = pitch(kWeightPixels, tile.c_in);
   p.shared_bytes = round_up((p.staged.pixels + kWeightPixels) * 8, kVectorBytes) +
                    static_cast<int64_t>(kWeightStages) * info.element_bytes *
                        (int64_t{tile.c_in} * p.x_pitch + int64_t{tile.c_out} * p.staged.pitch);
