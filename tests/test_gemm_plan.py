@@ -119,8 +119,8 @@ def described(op: str, case: Case, axis: int, taps: list[dict[str, int]]) -> lis
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_tables_hold_every_product_once(planner: Path, op: str, seed: int) -> None:
-    cases = [*EDGE, *(random_case(seed + i) for i in range(150))]
-    cases = [case for case in cases if plannable(case) and max(case.output_size) < 2000]
+    cases = [*EDGE, *(random_case(seed + i) for i in range(100))]
+    cases = [case for case in cases if plannable(case) and max(case.output_size) < 200]
     products = random.Random(seed).choices(("mma16", "fma32"), k=len(cases))
     queries = [
         Query(op, case, layout, product)
@@ -180,20 +180,20 @@ def test_large_layers_get_large_tiles_and_small_ones_small(planner: Path) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_order_of_summation_is_that_of_one_image(planner: Path, layout: str, product: str) -> None:
     """A sample's result may not depend on the batch, nor on the GPU that picks the tile."""
+    problems = [(op, case) for case in LAYERS if plannable(case) for op in OPERATIONS[:2]]
+    settings = [(batch, sms) for batch in (1, 2, 37) for sms in (1, 132)]
+    queries = [
+        Query(op, dataclasses.replace(case, batch=batch), layout, product, sms)
+        for op, case in problems
+        for batch, sms in settings
+    ]
+    answers = ask(planner, queries)
     tiles = set()
-    for case in LAYERS:
-        if not plannable(case):
-            continue
-        for op in OPERATIONS[:2]:
-            queries = [
-                Query(op, dataclasses.replace(case, batch=batch), layout, product, multiprocessors)
-                for batch in (1, 2, 37)
-                for multiprocessors in (1, 132)
-            ]
-            answers = ask(planner, queries)
-            orders = [(answer.facts["chunk"], answer.taps) for answer in answers]
-            assert all(order == orders[0] for order in orders), (case, op)
-            tiles.add(len({answer.tile for answer in answers}))
+    for index, problem in enumerate(problems):
+        same = answers[index * len(settings) :][: len(settings)]
+        orders = [(answer.facts["chunk"], answer.taps) for answer in same]
+        assert all(order == orders[0] for order in orders), problem
+        tiles.add(len({answer.tile for answer in same}))
     assert (max(tiles) > 1) == (product != "mma64")  # though the tile does depend on them
 
 
