@@ -12,6 +12,7 @@
 #include "machine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -83,12 +84,15 @@ void arrive_on_host() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullpt
 void arrive_on_thread() {
   __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
 }
+// A thread leaves without returning: its frames are still marked.
+void forget_frames(char* stack) { __asan_unpoison_memory_region(stack, kStackBytes); }
 #else
 constexpr const void* host_stack = nullptr;
 constexpr size_t host_stack_bytes = 0;
 void leave(const void*, size_t) {}
 void arrive_on_host() {}
 void arrive_on_thread() {}
+void forget_frames(char*) {}
 #endif
 
 // Stacks are kept between launches; memory is taken as they are used.
@@ -126,6 +130,7 @@ void enter() {
 void start(Thread& thread, size_t index) {
   thread = Thread{};
   thread.stack = stack_of(index);
+  forget_frames(thread.stack);
   thread.state = State::kReady;
   void** top = reinterpret_cast<void**>(thread.stack + kStackBytes);
   *--top = nullptr;  // the return address of enter(), which does not return
