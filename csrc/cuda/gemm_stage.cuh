@@ -59,7 +59,8 @@ __device__ void list_pixels(PixelAt* list, const PixelTiling& tiling) {
   }
 }
 
-constexpr int kBatch = 4;  // vectors of a thread that are read before the first is written
+constexpr int kBatch =
+    3;  // vectors of a thread that are read before the first is written; 4 would spill
 
 // Vectors [c0, c0 + (1 << log_vectors) * v) of channels of `pixels` pixels, the first pixel of the
 // tile at (n0, h0, w0). Asynchronous copies are left for the caller to commit.
