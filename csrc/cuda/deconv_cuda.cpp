@@ -25,9 +25,12 @@ const char* op_name(Op op) {
 // be mostly padding.
 constexpr int64_t kFewChannels = 4;
 constexpr int64_t kLargeStride = 8;
+// grad_weight reads its operands again for each pair of channels of a group.
+constexpr int64_t kFewPairs = 8;
 
-bool prefer_direct(Op, const Params& p) {
+bool prefer_direct(Op op, const Params& p) {
   const Problem& q = p.problem;
+  if (op == Op::kGradWeight) return (q.c_in / q.groups) * (q.c_out / q.groups) <= kFewPairs;
   return std::min(q.c_in, q.c_out) / q.groups <= kFewChannels ||
          std::min(q.h.stride, q.w.stride) >= kLargeStride;
 }

@@ -110,10 +110,15 @@ std::vector<std::string> direct_configs(Op op) {
 }
 
 const char* direct_declines(Op op, const Params& p, const std::string& config) {
+  if (op == Op::kGradWeight) return direct::weight_declines(p, config);
   return direct::choose(op, p, config).declined;
 }
 
 std::string run_direct(Op op, const Params& p, const std::string& config, const Context& context) {
+  if (op == Op::kGradWeight) {
+    direct::run_weight(p, context);
+    return "";
+  }
   const direct::Choice choice = direct::choose(op, p, config);
   launch(choice.kernel, dim3(choice.plan.blocks), dim3(choice.plan.threads),
          choice.plan.shared_bytes, context.stream, choice.plan.args, "gather_direct");

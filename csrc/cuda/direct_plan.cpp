@@ -66,15 +66,20 @@ int balanced(int64_t count, int64_t most) {  // lanes so that tiles of them are 
 
 }  // namespace
 
-const char* gather_args(Op op, const Params& p, GatherArgs& a) {
+const char* too_large(const Params& p) {
   const Problem& q = p.problem;
-  if (p.dtype == Dtype::kInt64) return "it needs a floating point dtype";
-  if (op == Op::kGradWeight) return "it computes forward and grad_input";
   if (!fits_int32(q.h) || !fits_int32(q.w) || extent(p.x, q.h.in, q.w.in) > kMostOffset ||
       extent(p.y, q.h.out, q.w.out) > kMostOffset)
     return "it needs planes of less than 2^31 elements";
   if (q.c_in > kMostOffset || q.c_out > kMostOffset || q.batch > kMostOffset)
     return "it needs less than 2^31 channels and samples";
+  return nullptr;
+}
+
+const char* gather_args(Op op, const Params& p, GatherArgs& a) {
+  const Problem& q = p.problem;
+  if (p.dtype == Dtype::kInt64) return "it needs a floating point dtype";
+  if (const char* why = too_large(p)) return why;
   const bool forward = op == Op::kForward;
   const TensorRef &source = forward ? p.x : p.y, &target = forward ? p.y : p.x;
   if (const char* why =

@@ -212,12 +212,18 @@ bool matches(const AxisArgs& columns) {
   return true;
 }
 
+// Why offsets within a plane do not fit 32 bits, or null.
+const char* too_large(const Params& params);
 // Whether "auto" should consider the configuration: it holds together what lies together.
 bool suits(const ConfigInfo& config, const GatherArgs& args);
 // Why no direct kernel takes the problem, or null; the arguments that do not depend on a shape.
 const char* gather_args(Op op, const Params& params, GatherArgs& args);
 // Why this one does not; fills the plan.
 const char* plan_gather(const Shape& shape, const GatherArgs& args, GatherPlan& plan);
+
+// grad_weight (direct_weight.cu).
+const char* weight_declines(const Params& params, const std::string& config);
+void run_weight(const Params& params, const Context& context);
 
 }  // namespace direct
 }  // namespace cuda
