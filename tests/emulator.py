@@ -1,10 +1,7 @@
 """The CUDA kernels on the CPU: builds csrc/cuda with the C++ compiler and the machine that lies in
 cuda_on_cpu/, and calls it with tensors of torch. See cuda_on_cpu/emulation.h for what it checks.
 
-    PYTHONPATH=. python tests/emulator.py [PREFIX [sanitize]]
-
-runs the algorithms of that prefix on the edge cases, perhaps built with AddressSanitizer and UBSan
-(under LD_PRELOAD of libasan).
+    PYTHONPATH=. python tests/emulator.py [PREFIX]      runs the algorithms of that prefix
 """
 
 from __future__ import annotations
@@ -53,7 +50,7 @@ class KernelError(Exception):
     """A mistake of a kernel: an access or a wait that hardware would not have forgiven."""
 
 
-def build(sources: Sequence[Path] = KERNELS, sanitize: bool = False) -> Path:
+def build(sources: Sequence[Path] | None = None, sanitize: bool = False) -> Path:
     """The library of these sources and the machine, compiled as far as it is not in the cache."""
     command, version = toolchain.cxx_compiler()
     cache = compiler.cache_dirs()[0] / "emulator"
@@ -82,7 +79,9 @@ def build(sources: Sequence[Path] = KERNELS, sanitize: bool = False) -> Path:
     # The machine first: of templates that both use, the linker keeps the first, and the machine's
     # own must not be checked.
     with ThreadPoolExecutor(toolchain.jobs()) as pool:
-        objects = [*pool.map(compile_one, [*(HERE / name for name in MACHINE), *sources])]
+        objects = [
+            *pool.map(compile_one, [*(HERE / name for name in MACHINE), *(sources or KERNELS)])
+        ]
     names = " ".join(map(str, objects))
     library = cache / f"emulator-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -168,7 +167,9 @@ class Emulator:
         """The algorithms, and what may be forced of them, as "algorithm:configuration"."""
         configurations = self._library.emulation_configurations
         configurations.restype = ctypes.c_char_p
-        return self.algorithms(op) + configurations(OPERATIONS.index(op)).decode().split()
+        algorithms = self.algorithms(op)
+        names = configurations(OPERATIONS.index(op)).decode().split()
+        return algorithms + [name for name in names if name.partition(":")[0] in algorithms]
 
     def set_device(self, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
         """The device that configurations are chosen for."""
@@ -295,18 +296,17 @@ def define(op: str, case: Case, t: Operands) -> Tensor:
     return torch.from_numpy(reference.grad_weight(case, x, dy))
 
 
-def main(prefix: str = "", sanitize: str = "") -> int:
-    """Prints what becomes of each problem; 1 if anything is wrong."""
-    emulator = Emulator(build(sanitize=bool(sanitize)))
+def check(machine: Emulator, prefix: str = "", cases: Sequence[Case] = EDGE) -> int:
+    """Runs the algorithms of that prefix, prints what comes of it; 1 if anything is wrong."""
     status = 0
-    for op, case, dtype in itertools.product(OPERATIONS, EDGE, (torch.float32, torch.bfloat16)):
+    for op, case, dtype in itertools.product(OPERATIONS, cases, (torch.float32, torch.bfloat16)):
         t = case.operands(1, dtype, exact=True)
         want = define(op, case, t).to(dtype)
-        for algo in emulator.algorithms(op):
+        for algo in machine.configurations(op):
             if not algo.startswith(prefix):
                 continue
             try:
-                right = torch.equal(emulator.run(op, case, t, algo), want)
+                right = torch.equal(machine.run(op, case, t, algo), want)
                 outcome = "right" if right else "WRONG"
             except ValueError as error:
                 right, outcome = True, str(error)
@@ -318,4 +318,4 @@ def main(prefix: str = "", sanitize: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(check(Emulator(build()), *sys.argv[1:2]))
