@@ -164,7 +164,8 @@ const char* plan_gather(const Shape& shape, const GatherArgs& args, GatherPlan& 
     plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes, kMostOffset));
     if (bytes <= kSharedBytes) break;
     if (a.row_phases > 1) continue;
-    if (a.unit_lanes == 1) return "the weights of a row do not fit shared memory";
+    if (a.unit_lanes == 1 && bytes <= kMostSharedBytes) break;
+    if (a.unit_lanes == 1) return "it needs the weights of a target row in 96 KiB";
     a.unit_lanes = (a.unit_lanes + 1) / 2;
   }
   a.row_phase_blocks = static_cast<int32_t>(ceil_div(a.rows.phases, a.row_phases));

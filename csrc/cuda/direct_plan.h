@@ -21,10 +21,11 @@ namespace deconv {
 namespace cuda {
 namespace direct {
 
-constexpr int kThreads = 256;           // of a block, at most
-constexpr int kSharedBytes = 48 << 10;  // what every GPU gives a block unasked
-constexpr int kMostTaps = 64;           // of an axis
-constexpr int kLoadBytes = 16;          // of the widest access
+constexpr int kThreads = 256;               // of a block, at most
+constexpr int kSharedBytes = 48 << 10;      // of weights, if the block can be made small enough
+constexpr int kMostSharedBytes = 96 << 10;  // what a block may have from sm_80 on
+constexpr int kMostTaps = 64;               // of an axis
+constexpr int kLoadBytes = 16;              // of the widest access
 
 // ---- Column patterns: taps that are unrolled at compile time ------------------------------------
 
@@ -137,7 +138,11 @@ template <class T, class C, class P>
 DECONV_HOST_DEVICE constexpr int positions_of() {
   if (!C::kUnrolled) return 4;
   const int most = (C::kSources == 1 ? 16 : 8) / (P::kStep > P::kPhases ? P::kStep : P::kPhases);
+  // A small window does little work for its weights and stores, so a run is one access of the
+  // target: no sector is written in two halves.
   const int vector = kLoadBytes / sizeof(T);
+  if (C::kSources == 1 && P::kWindow <= 4 && P::kPhases > 1)
+    return power_of_two_below(vector > P::kPhases ? vector / P::kPhases : 1);
   return power_of_two_below(most < vector ? most : vector);
 }
 
