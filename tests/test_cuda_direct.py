@@ -1,5 +1,5 @@
-"""The direct CUDA kernels on the CPU: each unrolled pattern of columns, in every configuration, with
-aligned and unaligned rows and both layouts; and that the layers they are made for get them."""
+"""The direct CUDA kernels on the CPU: each unrolled pattern of columns, in every configuration,
+with aligned and unaligned rows and both layouts; and that the layers meant for them get them."""
 
 from __future__ import annotations
 
