@@ -1,6 +1,6 @@
 // "direct" for forward and grad_input: sums of shifted rows, for depthwise and other problems with
 // few channels a group, where a matrix product has nothing to reuse. The equation and the packed
-// rows are those of direct_plan.h.
+// rows are those of row_plan.h.
 //
 //   for each row t of the target, in pieces of columns:
 //     pack the source rows that it reads, unless the last row of the target read them too
@@ -11,9 +11,9 @@
 
 #include "../parallel.h"
 #include "../reference/elements.h"
-#include "direct_plan.h"
 #include "interleave.h"
 #include "microkernel.h"
+#include "row_plan.h"
 #include "scratch.h"
 
 namespace deconv {
@@ -78,7 +78,7 @@ struct Direct {
 
   const Op op;
   const Params& params;
-  const DirectPlan& plan;
+  const RowPlan& plan;
   T* weights;  // [group][row][channel][kh][tap], taps phase by phase
   const Problem& p = params.problem;
   int64_t copies = static_cast<int64_t>(plan.copies.size());
@@ -125,7 +125,7 @@ struct Direct {
   DECONV_PHASE void pack_row(int64_t n, int64_t channel, int64_t row, int64_t j0, T* to) const {
     const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
     const int64_t step = plan.source_step, size = plan.source_size;
-    for (const DirectPlan::Copy& copy : plan.copies) {
+    for (const RowPlan::Copy& copy : plan.copies) {
       const int64_t first = (j0 + copy.base) * step + copy.residue;
       const int64_t before = first < 0 ? (-first + step - 1) / step : 0;
       const int64_t inside = size > first ? (size - first + step - 1) / step : 0;
@@ -164,7 +164,7 @@ struct Direct {
     const T* w =
         weights + ((group * plan.rows + row) * plan.channels * p.h.kernel + first_row) * taps;
     for (int64_t i = 0; i < phases; ++i) {
-      const DirectPlan::ColumnPhase& phase = plan.phases[i];
+      const RowPlan::ColumnPhase& phase = plan.phases[i];
       const RowSum<T> sum{
           packed,    rows, w + phase.first_tap, taps, plan.starts.data() + phase.first_tap,
           phase.taps};
@@ -261,7 +261,7 @@ struct Direct {
 
 template <class S>
 void direct(Op op, const Params& params, int threads) {
-  const DirectPlan plan = plan_direct(op, params, kLanes<typename Arithmetic<S>::type>);
+  const RowPlan plan = plan_rows(op, params, kLanes<typename Arithmetic<S>::type>);
   Direct<S> kernel{op, params, plan, nullptr};
   kernel.weights = static_cast<typename Direct<S>::T*>(
       call_scratch(kernel.weight_elements() * sizeof(typename Direct<S>::T)));

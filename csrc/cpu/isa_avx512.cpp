@@ -10,9 +10,9 @@
 #include "../half.h"
 #include "../parallel.h"
 #include "../reference/elements.h"
-#include "direct_plan.h"
 #include "gather.h"
 #include "kernels.h"
+#include "row_plan.h"
 #include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

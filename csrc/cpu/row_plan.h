@@ -18,7 +18,7 @@
 namespace deconv {
 namespace cpu {
 
-struct DirectPlan {
+struct RowPlan {
   // copy[i] = source row[(j0 + base + i) * source_step + residue], j0 being the first position
   struct Copy {
     int64_t residue, base;
@@ -47,7 +47,7 @@ struct DirectPlan {
   int64_t slots;
 };
 
-DirectPlan plan_direct(Op op, const Params& params, int lanes);
+RowPlan plan_rows(Op op, const Params& params, int lanes);
 
 }  // namespace cpu
 }  // namespace deconv

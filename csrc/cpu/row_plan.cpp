@@ -1,4 +1,4 @@
-#include "direct_plan.h"
+#include "row_plan.h"
 
 #include <numeric>
 
@@ -12,18 +12,18 @@ constexpr int64_t kLeastPiece = 64, kMostPiece = 4096;
 // Taps further apart than this get copies of their own: scratch must not grow with the dilation.
 constexpr int64_t kMostShift = 64;
 
-void plan_columns(DirectPlan& plan, std::vector<PhaseTap> taps) {
+void plan_columns(RowPlan& plan, std::vector<PhaseTap> taps) {
   const int64_t step = plan.source_step;
-  std::vector<DirectPlan::Copy> wanted;  // one a tap: its residue and its offset in steps
+  std::vector<RowPlan::Copy> wanted;  // one a tap: its residue and its offset in steps
   for (const PhaseTap& tap : taps) {
     const int64_t base = floor_div(tap.offset, step);
     wanted.push_back({tap.offset - base * step, base});
   }
-  std::vector<DirectPlan::Copy> sorted = wanted;
+  std::vector<RowPlan::Copy> sorted = wanted;
   std::sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) {
     return a.residue != b.residue ? a.residue < b.residue : a.base < b.base;
   });
-  for (const DirectPlan::Copy& c : sorted)
+  for (const RowPlan::Copy& c : sorted)
     if (plan.copies.empty() || plan.copies.back().residue != c.residue ||
         c.base - plan.copies.back().base > kMostShift)
       plan.copies.push_back(c);
@@ -42,10 +42,10 @@ void plan_columns(DirectPlan& plan, std::vector<PhaseTap> taps) {
 
 }  // namespace
 
-DirectPlan plan_direct(Op op, const Params& params, int lanes) {
+RowPlan plan_rows(Op op, const Params& params, int lanes) {
   const Problem& p = params.problem;
   const bool forward = op == Op::kForward;
-  DirectPlan plan{};
+  RowPlan plan{};
   plan.groups = p.groups;
   plan.source = forward ? params.x : params.y;
   plan.target = forward ? params.y : params.x;
@@ -73,7 +73,7 @@ DirectPlan plan_direct(Op op, const Params& params, int lanes) {
       forward ? ceil_div(p.h.kernel, p.h.stride / std::gcd(p.h.stride, p.h.dilation)) : p.h.kernel;
   while (std::gcd(row_step, plan.slots) != 1) ++plan.slots;
   int64_t most_shift = 0;
-  for (const DirectPlan::ColumnTap& tap : plan.taps) most_shift = std::max(most_shift, tap.shift);
+  for (const RowPlan::ColumnTap& tap : plan.taps) most_shift = std::max(most_shift, tap.shift);
   const auto choose_piece = [&](int64_t rows) {
     const int64_t each = std::max<int64_t>(1, rows * copies);
     plan.piece =
@@ -83,7 +83,7 @@ DirectPlan plan_direct(Op op, const Params& params, int lanes) {
   };
   plan.keep = choose_piece(plan.channels * plan.slots) <= kMostPacked;
   if (!plan.keep) choose_piece(1);
-  for (const DirectPlan::ColumnTap& tap : plan.taps)
+  for (const RowPlan::ColumnTap& tap : plan.taps)
     plan.starts.push_back(tap.copy * plan.pitch + tap.shift);
   return plan;
 }
