@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import OPERATIONS, Emulator, build
 
 from deconv_ext.testing import Case, make_case
+from emulator import OPERATIONS, Emulator, build
 from support import assert_equal, cast, exact
 
 MACHINE = Emulator(build())

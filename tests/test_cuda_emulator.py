@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import HERE, Emulator, KernelError, build
 from torch import Tensor
 
 from deconv_ext.testing import Operands, make_case
+from emulator import HERE, Emulator, KernelError, build
 
 PLANTED = HERE / "planted"
 SEEDS = range(5)

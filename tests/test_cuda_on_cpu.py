@@ -15,10 +15,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emulator import DTYPES, HERE, OPERATIONS, Emulator, build
 
 from deconv_ext import toolchain
 from deconv_ext.testing import EDGE, TINY, Case, Operands, make_case, random_case
+from emulator import DTYPES, HERE, OPERATIONS, Emulator, build
 from support import assert_equal, assert_same_bits, cast, dtype_name, exact
 
 MACHINE = Emulator(build())
