@@ -53,7 +53,7 @@ lint:
 	"$(py)" -m ruff check .
 	"$(py)" -m ruff format --check .
 	"$(py)" -m mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | "$(py)" -c \
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | "$(py)" -c \
 	  'import clang_format; clang_format.clang_format()' --dry-run --Werror --files=/dev/stdin
 
 doctor:

@@ -84,6 +84,37 @@ inline std::vector<Tap> phase_taps(const Axis& axis, int64_t phase) {
   return taps;
 }
 
+// A tap with the phase it belongs to.
+struct PhaseTap {
+  int64_t phase, k, offset;
+};
+
+// The taps of all phases of `forward` in one list, by ascending phase: never more than the kernel
+// has elements, however large the stride.
+inline std::vector<PhaseTap> forward_tap_list(const Axis& axis) {
+  std::vector<PhaseTap> taps;
+  for (int64_t k = 0; k < axis.kernel; ++k) {
+    const int64_t shift = k * axis.dilation - axis.pad;
+    const int64_t offset = -floor_div(shift, axis.stride);
+    const int64_t phase = shift + offset * axis.stride;
+    if (phase < axis.out && offset < axis.in && (axis.out - 1 - phase) / axis.stride + offset >= 0)
+      taps.push_back({phase, k, offset});
+  }
+  std::stable_sort(taps.begin(), taps.end(),
+                   [](const PhaseTap& a, const PhaseTap& b) { return a.phase < b.phase; });
+  return taps;
+}
+
+// The taps of `grad_input`, which has one phase: source index = i * stride + offset.
+inline std::vector<Tap> grad_input_tap_list(const Axis& axis) {
+  std::vector<Tap> taps;
+  for (int64_t k = 0; k < axis.kernel; ++k) {
+    const int64_t offset = k * axis.dilation - axis.pad;
+    if (offset < axis.out && (axis.in - 1) * axis.stride + offset >= 0) taps.push_back({k, offset});
+  }
+  return taps;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------
 // Tap tables. `forward` and `grad_input` are the same gather with different tables:
 //
@@ -149,12 +180,7 @@ inline AxisTaps forward_taps(const Axis& axis, bool merged) {
 // grad_input: an ordinary convolution of dy with step `stride`.
 inline AxisTaps grad_input_taps(const Axis& axis) {
   AxisTaps table{axis.out, axis.in, axis.stride, 1, axis.in, {}};
-  std::vector<Tap> taps;
-  for (int64_t k = 0; k < axis.kernel; ++k) {
-    const int64_t offset = k * axis.dilation - axis.pad;
-    if (offset < axis.out && (axis.in - 1) * axis.stride + offset >= 0) taps.push_back({k, offset});
-  }
-  table.classes.push_back(make_phase_class(0, {taps}));
+  table.classes.push_back(make_phase_class(0, {grad_input_tap_list(axis)}));
   return table;
 }
 

@@ -5,18 +5,32 @@ Importing the package neither compiles nor loads the binary module; the first ca
 
 from __future__ import annotations
 
-from . import functional
+from . import functional, tf
 from .build import build_info
+from .conv1d import conv_transpose1d
 from .convert import ConversionReport, convert, revert
-from .modules import ConvTranspose2d
+from .fuse import FusionReport, fuse
+from .modules import (
+    ConvTranspose1d,
+    ConvTranspose2d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "ConversionReport",
+    "ConvTranspose1d",
     "ConvTranspose2d",
+    "FusionReport",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
     "__version__",
     "build_info",
+    "conv_transpose1d",
     "convert",
     "functional",
+    "fuse",
     "revert",
+    "tf",
 ]

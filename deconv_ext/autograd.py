@@ -6,8 +6,10 @@ the three. A complex gradient conjugates the operand that stays. Written out onc
 Functions that call each other, this gives derivatives of every order.
 
 Call `forward`, `grad_input`, `grad_weight` and `grad_bias` (lower case): they record only what may
-be differentiated. `geometry` is (stride, padding, output_padding, dilation, groups) as the binary
-module takes it: pairs (h, w), but padding (top, bottom, left, right).
+be differentiated. Where somebody looks on at torch's dispatcher (a mode, a tracer, fake tensors),
+they call the operators of ops.py, which record by the same formulas. `geometry` is (stride,
+padding, output_padding, dilation, groups) as the binary module takes it: pairs (h, w), but padding
+(top, bottom, left, right).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Forward(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         *operands, geometry = args
-        return extension().forward(*operands, *geometry)
+        return _compute("forward", *operands, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,7 +87,7 @@ class GradInput(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         dy, w, size, geometry = args
-        return extension().grad_input(dy, w, size, *geometry)
+        return _compute("grad_input", dy, w, size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +127,7 @@ class GradWeight(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         x, dy, size, geometry = args
-        return extension().grad_weight(x, dy, size, *geometry)
+        return _compute("grad_weight", x, dy, size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,7 +166,7 @@ class GradBias(Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return extension().grad_bias(*args)
+        return _compute("grad_bias", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,6 +186,45 @@ class GradBias(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         dy = _join(args[0].movedim(in_dims[0], 1), 1)
         return _split(grad_bias(dy), 0, info.batch_size), 0
+
+
+# --- the way to the kernels ----------------------------------------------------------------------
+
+
+def _compute(name: str, *args: Any) -> Tensor:
+    """The value: from the binary module, or by torch's dispatcher if somebody looks on there."""
+    if is_watched(args):
+        return operators()[name](*args)
+    return getattr(extension(), name)(*args)
+
+
+def is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether a dispatch mode, `torch.jit.trace` or a kind of tensor must see an operator."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    for arg in args:
+        kind = type(arg)
+        if kind not in _USUAL and issubclass(kind, Tensor) and not holds_data(kind):
+            return True
+    return False
+
+
+#: What nearly all arguments are; to look them up first saves a microsecond a call.
+_USUAL = frozenset((Tensor, torch.nn.Parameter, type(None), tuple, torch.Size))
+
+
+@functools.cache
+def holds_data(kind: type[Tensor]) -> bool:
+    """False for wrappers such as FakeTensor and DTensor: their memory is not to be read."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+@functools.cache
+def operators() -> dict[str, Any]:
+    """The operators of `torch.ops.deconv_ext` by the names of the binary module's functions."""
+    from .ops import OPERATORS
+
+    return OPERATORS
 
 
 class _Fold:
@@ -293,7 +334,7 @@ def _under_legacy_vmap(operation: type[Function], args: tuple[Any, ...]) -> Tens
     return torch._add_batch_dim(result.contiguous(), 0, level)
 
 
-def _recorded(operation: type[Function]) -> Callable[..., Tensor]:
+def _recorded(name: str, operation: type[Function]) -> Callable[..., Tensor]:
     """The call that applies a Function, or only computes its value where nothing asks for more.
 
     torch.func needs a Function with `setup_context`, which costs tens of microseconds a call;
@@ -322,6 +363,9 @@ def _recorded(operation: type[Function]) -> Callable[..., Tensor]:
             return operation.apply(*args)
         if forward_ad._current_level >= 0:  # inside dual_level()
             return twin.apply(*args)
+        if is_watched(args):
+            *operands, geometry = args if len(args) > 1 else (*args, ())
+            return operators()[name](*operands, *geometry)
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
@@ -331,7 +375,7 @@ def _recorded(operation: type[Function]) -> Callable[..., Tensor]:
     return call
 
 
-forward = _recorded(Forward)
-grad_input = _recorded(GradInput)
-grad_weight = _recorded(GradWeight)
-grad_bias = _recorded(GradBias)
+forward = _recorded("forward", Forward)
+grad_input = _recorded("grad_input", GradInput)
+grad_weight = _recorded("grad_weight", GradWeight)
+grad_bias = _recorded("grad_bias", GradBias)

@@ -20,6 +20,7 @@ class Row:
     layer: str
     kind: str
     op: str
+    dtype: str  # one of bench_contenders.PRECISIONS
     layout: str
     ours_us: float
     torch_us: float
@@ -28,6 +29,14 @@ class Row:
     bytes: int
     quiet: int  # samples that count
     noisy: bool  # too few did; the fastest samples stand in
+    compare: str = "torch"  # or "tuned": cuDNN chose by timing all its candidates
+    rewrite_us: float | None = None  # a matrix product and a shuffle of pixels, where that is it
+    ours_error: float | None = None  # largest, against float64, relative to the largest value
+    torch_error: float | None = None
+    ours_host_us: float | None = None  # until the call returned to the host
+    torch_host_us: float | None = None
+    spread: float | None = None  # from the 10th to the 90th percentile, relative to the median
+    mode: str = "wall"  # wall time, CUDA events or graph
 
     @property
     def ratio(self) -> float:
@@ -43,18 +52,34 @@ class Row:
     def gflops(self) -> float:
         return 1e-3 * self.flops / self.ours_us
 
-    def roof_us(self, facts: dict[str, Any]) -> float:
-        """Time that the arithmetic or the traffic takes at the best speed of the machine."""
+    @property
+    def gbs(self) -> float:
+        """GB/s of the bytes that any implementation moves."""
+        return 1e-3 * self.bytes / self.ours_us
+
+    def of_roof(self, facts: dict[str, Any]) -> float:
+        """The time that arithmetic or traffic takes at the machine's speed, as a part of ours."""
         machine = facts["machine"]
-        return 1e-3 * max(self.flops / machine["gflops"], self.bytes / machine["gbs"])
+        return max(self.gflops / machine["gflops"][self.dtype], self.gbs / machine["gbs"])
+
+
+def dump(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, a list as a line for each of its members; the file is complete at any moment."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return "[\n" + ",\n".join(f"  {json.dumps(each)}" for each in value) + "\n]"
+        return json.dumps(value, indent=1)
+
+    members = (f"{json.dumps(key)}: {text(value)}" for key, value in _rounded(content).items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("{" + ",\n".join(members) + "}\n")
+    part.replace(path)
 
 
 def save(path: Path, facts: dict[str, Any], rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(_rounded(dataclasses.asdict(row)))}" for row in rows)
-    path.write_text(
-        f'{{"facts": {json.dumps(_rounded(facts), indent=1)},\n"rows": [\n{lines}\n]}}\n'
-    )
+    dump(path, {"facts": facts, "rows": [dataclasses.asdict(row) for row in rows]})
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -65,7 +90,9 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
-    return round(value, 2) if isinstance(value, float) else value
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -75,43 +102,64 @@ def geomean(values: Iterable[float]) -> float:
 # --- lines ---------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'layer':<20}{'class':<16}{'operation':<13}{'layout':<15}{'us ours':>10}{'us torch':>10}"
-    f"{'ratio':>7}{'best':>7}{'GFLOP/s':>9}{'of roof':>9}"
+    f"{'layer':<20}{'class':<16}{'operation':<13}{'dtype':<9}{'layout':<14}{'us ours':>10}"
+    f"{'us torch':>10}{'ratio':>8}{'best':>8}{'error':>9}{'torch':>9}{'GFLOP/s':>9}{'GB/s':>8}"
+    f"{'of roof':>8}"
 )
 
 
-def headline(facts: dict[str, Any]) -> str:
+def machine_line(facts: dict[str, Any]) -> str:
+    """The two ceilings; the second for each dtype measured."""
     machine = facts["machine"]
+    rates = ", ".join(f"{rate:.0f} ({dtype})" for dtype, rate in machine["gflops"].items())
+    return f"torch copies {machine['gbs']:.0f} GB/s and multiplies matrices at {rates} GFLOP/s"
+
+
+def where(facts: dict[str, Any]) -> str:
+    """The device and how it was used."""
+    if "capability" in facts:
+        return f"{facts['device']} ({facts['capability']})"
+    return f"{facts['device']}, {facts['threads']} threads, {facts['isa']}"
+
+
+def headline(facts: dict[str, Any]) -> str:
     return (
-        f"{facts['device']}, {facts['threads']} threads, {facts['isa']}, {facts['dtype']}, torch "
-        f"{facts['torch']}, commit {facts['commit']}, {facts['date'][:10]}; the machine "
-        f"reaches {machine['gflops']:.0f} GFLOP/s and copies {machine['gbs']:.0f} GB/s"
+        f"{where(facts)}, {facts['dtype']}, torch {facts['torch']}, commit {facts['commit']}, "
+        f"{facts['date'][:10]}; {machine_line(facts)}"
     )
 
 
 def line(row: Row, facts: dict[str, Any]) -> str:
     """`best` compares with torch's best layout; the roof is what arithmetic or copying allows."""
+    errors = (
+        f"{e:>9.1e}" if e is not None else f"{'':>9}" for e in (row.ours_error, row.torch_error)
+    )
     return (
-        f"{row.layer:<20}{row.kind:<16}{row.op:<13}{LAYOUT_NAMES[row.layout]:<15}"
-        f"{row.ours_us:>10.1f}{row.torch_us:>10.1f}{row.ratio:>7.2f}{row.best_ratio:>7.2f}"
-        f"{row.gflops:>9.1f}{row.roof_us(facts) / row.ours_us:>9.0%}"
+        f"{row.layer:<20}{row.kind:<16}{row.op:<13}{row.dtype:<9}{LAYOUT_NAMES[row.layout]:<14}"
+        f"{row.ours_us:>10.1f}{row.torch_us:>10.1f}{row.ratio:>8.2f}{row.best_ratio:>8.2f}"
+        f"{''.join(errors)}{row.gflops:>9.1f}{row.gbs:>8.1f}{row.of_roof(facts):>8.0%}"
+        + (f"  rewrite {row.rewrite_us:.1f} us" if row.rewrite_us else "")
         + (f"  noisy: {row.quiet} quiet samples" if row.noisy else "")
     )
 
 
-def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by operation and layout, in the order of the rows."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+def _groups(rows: list[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows by the fields of these names, in the order of the rows."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.op, row.layout), []).append(row)
+        groups.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
     return groups
 
 
 def summary(rows: list[Row]) -> str:
     """For each operation and layout: geometric mean and worst layer, of every class and of all."""
     lines = []
-    for (op, layout), group in _groups(rows).items():
-        lines.append(f"\n{op}, {LAYOUT_NAMES[layout]}: times as fast as torch (its best layout)")
+    for (compare, dtype, op, layout), group in _groups(
+        rows, "compare", "dtype", "op", "layout"
+    ).items():
+        lines.append(
+            f"\n{op}, {dtype}, {LAYOUT_NAMES[layout]}: times as fast as {compare} (its best layout)"
+        )
         kinds: dict[str, list[Row]] = {}
         for row in group:
             kinds.setdefault(row.kind, []).append(row)
@@ -122,7 +170,8 @@ def summary(rows: list[Row]) -> str:
                 for values in ([row.ratio for row in members], [row.best_ratio for row in members])
             )
             lines.append(
-                f"  {kind:<17}{mean:>6.2f} ({best:.2f})   worst {worst.ratio:.2f} {worst.layer}"
+                f"  {kind:<17}{mean:>6.2f} ({best:.2f})   worst {worst.ratio:.2f} {worst.layer}, "
+                f"{sum(row.ratio < 0.95 for row in members)} of {len(members)} below 0.95"
             )
     return "\n".join(lines)
 
@@ -132,19 +181,21 @@ def summary(rows: list[Row]) -> str:
 
 def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
     """A table of layers by operation and layout: our microseconds and the ratio to torch's."""
-    groups = _groups(rows)
+    groups = _groups(rows, "op", "layout")
     names = [f"{op} {LAYOUT_NAMES[layout]}" for op, layout in groups]
-    cells = {(row.layer, row.op, row.layout): row for row in rows}
+    cells: dict[tuple[str, tuple[str, ...]], Row] = {
+        (row.layer, (row.op, row.layout)): row for row in rows
+    }
     table = [["layer", "class", *names], ["---", "---", *["---:"] * len(names)]]
     for layer, kind in dict.fromkeys((row.layer, row.kind) for row in rows):
-        found = [cells.get((layer, *group)) for group in groups]
+        found = [cells.get((layer, group)) for group in groups]
         table.append([layer, kind, *(_cell(row) if row else "" for row in found)])
     means = [f"{geomean(row.ratio for row in group):.2f}x" for group in groups.values()]
     worst = [f"{min(row.ratio for row in group):.2f}x" for group in groups.values()]
     table += [["**geometric mean**", "", *means], ["**slowest**", "", *worst]]
     caption = (
-        f"{facts['device']}, {facts['threads']} threads, {facts['isa']}, {facts['dtype']}, torch "
-        f"{facts['torch']}, commit {facts['commit']}, {facts['date'][:10]}. Each cell: "
+        f"{where(facts)}, {facts['dtype']}, torch {facts['torch']}, commit {facts['commit']}, "
+        f"{facts['date'][:10]}. Each cell: "
         "microseconds of deconv_ext, and how many times as fast as torch on the same tensors; "
         f"~ marks the {sum(row.noisy for row in rows)} of {len(rows)} cells with too few quiet "
         "samples."
@@ -176,46 +227,3 @@ def refresh(readme: Path, write: bool) -> bool:
         if write:
             readme.write_text(fresh)
     return fresh != text
-
-
-# --- picture -------------------------------------------------------------------------------------
-
-
-def plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
-    """Speed-up of every layer, and both contenders under the roofline, for the first operation."""
-    from matplotlib.figure import Figure
-
-    op = rows[0].op
-    rows = [row for row in rows if row.op == op]
-    layers = list(dict.fromkeys(row.layer for row in rows))
-    figure = Figure(figsize=(15, 3 + 0.22 * len(layers)), layout="constrained")
-    bars, roof = figure.subplots(1, 2)
-    figure.suptitle(f"{op}: {facts['device']}, {facts['threads']} threads, {facts['dtype']}")
-
-    roof.set(xscale="log", yscale="log", xlabel="FLOP per byte of operands", ylabel="GFLOP/s")
-    roof.set_title("line: fastest product or convolution, and copy, of torch on this machine")
-    bars.set(xscale="log", xlabel="times as fast as torch in the same layout")
-    bars.set(yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
-    bars.xaxis.set_major_formatter("{x:g}")
-    layouts = list(dict.fromkeys(row.layout for row in rows))
-    for index, layout in enumerate(layouts):
-        found = [row for row in rows if row.layout == layout]
-        color, name, height = f"C{index}", LAYOUT_NAMES[layout], 0.8 / len(layouts)
-        places = [layers.index(row.layer) + height * (index + 0.5) - 0.4 for row in found]
-        lengths = [row.ratio - 1 for row in found]
-        bars.barh(places, lengths, height, left=1, color=color, label=name)
-        for who, marker in (("ours", "o"), ("torch", "x")):
-            intensity = [row.flops / row.bytes for row in found]
-            speed = [1e-3 * row.flops / getattr(row, f"{who}_us") for row in found]
-            roof.plot(intensity, speed, marker, color=color, label=f"{who}, {name}")
-    bars.axvline(1, color="black", linewidth=1)
-    bars.legend()
-
-    machine = facts["machine"]
-    intensities = sorted(row.flops / row.bytes for row in rows)
-    knee = machine["gflops"] / machine["gbs"]
-    line_x = sorted({intensities[0], knee, max(intensities[-1], knee)})
-    roof.plot(line_x, [min(machine["gflops"], x * machine["gbs"]) for x in line_x], "k-")
-    roof.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)

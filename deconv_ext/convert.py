@@ -10,18 +10,22 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import functools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
 
-from .modules import ConvTranspose2d
+from .modules import ConvTranspose1d, ConvTranspose2d
+from .report import difference, number, run, table, total
+
+#: torch's layers and ours.
+_TWINS: dict[Any, Any] = {
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+}
 
 #: The attribute of a converted module that holds the class to go back to.
 _ORIGIN = "_converted_from"
@@ -60,20 +64,12 @@ class ConversionReport:
                     layer.name or "(the model)",
                     layer.arguments,
                     status,
-                    _number(layer.max_abs),
-                    _number(layer.max_rel),
+                    number(layer.max_abs),
+                    number(layer.max_rel),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(f"{self.converted} of {len(self.layers)} layers converted")
-        if self.max_abs is not None:
-            lines[-1] += (
-                f"; largest difference of the model's output: {_number(self.max_abs)}"
-                f" ({_number(self.max_rel)} of its largest value)"
-            )
-        return "\n".join(lines)
+        summary = f"{self.converted} of {len(self.layers)} layers converted"
+        return table(rows, summary + total(self.max_abs, self.max_rel))
 
 
 def convert(
@@ -81,6 +77,7 @@ def convert(
     sample: Any = None,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
+    one_dimensional: bool = False,
 ) -> ConversionReport:
     """Let every `nn.ConvTranspose2d` of the model compute with our kernels; `revert` undoes it.
 
@@ -94,16 +91,18 @@ def convert(
             it the model runs before and after the conversion, in eval mode and without
             gradients, and the report holds the differences.
         where: called with the name and the module; False leaves the layer alone.
+        one_dimensional: convert every `nn.ConvTranspose1d` too.
 
     Returns:
         A report, which prints as a table.
     """
-    before = None if sample is None else _run(model, sample)
+    before = None if sample is None else run(model, sample)
     report, converted = ConversionReport([]), {}
     for name, module in model.named_modules():
-        if not _is_transposed_convolution(module):
+        base = _torchs(module, one_dimensional)
+        if base is None:
             continue
-        reason = _obstacle(module)
+        reason = _obstacle(module, base)
         if not reason and where is not None and not where(name, module):
             reason = "excluded by the caller"
         layer = LayerReport(name, module.extra_repr(), not reason, reason)
@@ -118,7 +117,7 @@ def convert(
             for module, layer in converted.items()
         ]
         try:
-            report.max_abs, report.max_rel = _difference(_run(model, sample), before)
+            report.max_abs, report.max_rel = difference(run(model, sample), before)
         finally:
             for handle in handles:
                 handle.remove()
@@ -147,26 +146,29 @@ def revert(model: nn.Module) -> int:
 # --- which layers --------------------------------------------------------------------------------
 
 
-def _is_transposed_convolution(module: nn.Module) -> bool:
-    """Also true of what only looks like one: quantised and scripted modules, to report them."""
+def _torchs(module: nn.Module, one_dimensional: bool) -> Any:
+    """Which of torch's layers the module is, or looks like (quantised and scripted ones, to report
+    them); None for others."""
     name = getattr(module, "original_name", type(module).__name__)
-    return isinstance(module, nn.ConvTranspose2d) or (
-        "ConvTranspose2d" in name and hasattr(module, "output_padding")
-    )
+    for base in list(_TWINS)[: 1 + one_dimensional]:
+        alike = base.__name__ in name and hasattr(module, "output_padding")
+        if isinstance(module, base) or alike:
+            return base
+    return None
 
 
-def _obstacle(module: nn.Module) -> str:
+def _obstacle(module: nn.Module, base: Any) -> str:
     """Why the module cannot be converted; empty if it can."""
     cls = type(module)
-    if not isinstance(module, nn.ConvTranspose2d):
-        return f"{cls.__module__}.{cls.__name__} is no nn.ConvTranspose2d"
-    if isinstance(module, ConvTranspose2d):
+    if not isinstance(module, base):
+        return f"{cls.__module__}.{cls.__name__} is no nn.{base.__name__}"
+    if isinstance(module, _TWINS[base]):
         return "already one of ours"
     if isinstance(module, LazyModuleMixin):
         return "lazy: convert after a first call has set its sizes"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
-    if cls.forward is not nn.ConvTranspose2d.forward:
+    if cls.forward is not base.forward:
         owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
         return f"{owner.__name__} overrides forward"
     return ""
@@ -177,7 +179,7 @@ def _obstacle(module: nn.Module) -> str:
 
 def _converted(origin: Any) -> type[nn.Module]:
     """The class that a module of the original class becomes."""
-    return ConvTranspose2d if origin is nn.ConvTranspose2d else _mixed(origin)
+    return _TWINS.get(origin) or _mixed(origin)
 
 
 @functools.cache
@@ -192,7 +194,8 @@ def _mixed(origin: Any) -> type[nn.Module]:
         return (function, args, *rest)
 
     body = {"__module__": origin.__module__, "__reduce_ex__": reduce}
-    return type(origin.__name__, (origin, ConvTranspose2d), body)
+    twin = next(twin for base, twin in _TWINS.items() if issubclass(origin, base))
+    return type(origin.__name__, (origin, twin), body)
 
 
 def _new_mixed(origin: Any) -> nn.Module:
@@ -239,52 +242,15 @@ def _tensors(cls: type) -> list[str]:
 # --- differences ---------------------------------------------------------------------------------
 
 
-def _run(model: nn.Module, sample: Any) -> list[Tensor]:
-    """The tensors of the model's output, computed without leaving a trace in model or sample."""
-    sample = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, sample)
-    args, kwargs = ((), sample) if isinstance(sample, dict) else (sample, {})
-    args = args if isinstance(args, tuple) else (args,)
-    training = [(module, module.training) for module in model.modules()]
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(cuda):
-            torch.manual_seed(0)
-            output = model(*args, **kwargs)
-    finally:
-        for module, mode in training:
-            module.training = mode
-    return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
 def _comparison(layer: LayerReport) -> Callable[..., None]:
     """A forward hook that notes how far the output is from what torch makes of the same input."""
 
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        want = nn.ConvTranspose2d.forward(module, *args, **kwargs)
-        largest, relative = _difference([output], [want])
+        want = next(base for base in _TWINS if isinstance(module, base)).forward(
+            module, *args, **kwargs
+        )
+        largest, relative = difference([output], [want])
         layer.max_abs = max(largest, layer.max_abs or 0)
         layer.max_rel = max(relative, layer.max_rel or 0)
 
     return hook
-
-
-def _difference(got: list[Tensor], want: list[Tensor]) -> tuple[float, float]:
-    """The largest difference, absolute and divided by the largest absolute value wanted."""
-    if [t.shape for t in got] != [t.shape for t in want]:
-        return math.inf, math.inf
-    largest = scale = 0.0
-    for a, b in zip(got, want, strict=True):
-        if a.numel() == 0:
-            continue
-        wide = torch.complex128 if a.is_complex() else torch.float64
-        a, b = a.to(wide), b.to(wide)
-        same = (a == b) | ((a != a) & (b != b))
-        error = (a - b).abs().masked_fill(same, 0).nan_to_num(nan=math.inf)
-        largest = max(largest, error.max().item())
-        scale = max(scale, b.abs().nan_to_num(nan=0, posinf=0).max().item())
-    return largest, largest / scale if scale else math.inf if largest else 0.0
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"

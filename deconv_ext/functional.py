@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
@@ -81,9 +83,16 @@ def conv_transpose2d(
         dtype = torch.get_autocast_dtype(device)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
+    apply = _traced_forward if torch.compiler.is_dynamo_compiling() else autograd.forward
     if input.dim() == 3:
-        return autograd.forward(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
-    return autograd.forward(input, weight, bias, geometry)
+        return apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
+    return apply(input, weight, bias, geometry)
+
+
+def _traced_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: autograd.Geometry
+) -> Tensor:
+    return torch.ops.deconv_ext.conv_transpose2d(input, weight, bias, *geometry)
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -122,6 +131,8 @@ def resolve_padding(
     """(top, bottom, left, right) and output_padding for any way to write the padding."""
     if isinstance(padding, str):
         kernel_size = (*weight_shape, 1, 1, 1, 1)[2:4]  # of other dimensions it is refused later
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace makes tensors of sizes
+            kernel_size = tuple(map(int, kernel_size))
         return _named_padding(padding, kernel_size, stride, output_padding, dilation)
     if is_two_sided(padding):
         if [len(side) for side in padding] != [2, 2]:
@@ -163,6 +174,8 @@ _INT64 = 2**63
 
 def _integer(name: str, expected: str, value: Any) -> int:
     """An int of anything that torch takes for one: not a bool, not a float, even a whole one."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -202,27 +215,60 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ours(*tensors: Tensor | None) -> bool:
-    """Whether the binary module can take the tensors; if it should but cannot, warn once."""
-    # Who traces or intercepts torch's operators must see one: make_fx, FakeTensor, torch.jit.trace.
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
+    """Whether our kernels or operators can take the tensors; if they should but cannot, warn."""
+    if torch.compiler.is_dynamo_compiling():
+        return all(
+            _traced(tensor.device, tensor.layout) for tensor in tensors if tensor is not None
+        )
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.is_meta or not _holds_data(type(tensor)):
+        kind = type(tensor)
+        if tensor.is_meta or not (autograd.holds_data(kind) or _knows_our_operators(kind)):
             return False
-        if reason := _obstacle(tensor.device, tensor.layout):
-            if os.environ.get("DECONV_EXT_STRICT", "") not in ("", "0"):
-                raise RuntimeError(f"deconv_ext: {reason}, and DECONV_EXT_STRICT is set")
-            _warn_once(reason)
+        if not _has_kernels(tensor.device, tensor.layout):
             return False
     return True
 
 
 @functools.cache
-def _holds_data(kind: type[Tensor]) -> bool:
-    """False for wrappers such as FakeTensor and DTensor: their memory is not to be read."""
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+def _knows_our_operators(kind: type[Tensor]) -> bool:
+    """Whether a wrapper takes any operator that is registered; others know torch's alone."""
+    names = {base.__name__ for base in kind.__mro__}
+    if "DTensor" in names:
+        from .ops import register_sharding
+
+        register_sharding()
+    return not names.isdisjoint({"FakeTensor", "FunctionalTensor", "DTensor"})
+
+
+def _has_kernels(device: torch.device, layout: torch.layout) -> bool:
+    """Whether there are kernels for such tensors; if not, one warning or an error."""
+    return _accept(_obstacle(device, layout))
+
+
+def _accept(reason: str) -> bool:
+    """True without a reason against our operator; else one warning, or the error asked for."""
+    if reason:
+        if os.environ.get("DECONV_EXT_STRICT", "") not in ("", "0"):
+            raise RuntimeError(f"deconv_ext: {reason}, and DECONV_EXT_STRICT is set")
+        _warn_once(reason)
+    return not reason
+
+
+def _traced(device: torch.device, layout: torch.layout) -> bool:
+    """As `_has_kernels`, for Dynamo, which needs the operators to be there before it goes on."""
+    if device.type == "meta" or not _has_kernels(device, layout):
+        return False
+    # torch.library has no forward mode, and no reverse mode for torch.func: it would lose tangents.
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _accept("no torch.func transforms and no forward mode inside of torch.compile")
+    return bool(autograd.operators())
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of Dynamo: the result
+# depends on the installation and on constants alone, so Dynamo calls this instead of tracing it.
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -243,7 +289,7 @@ def _obstacle(device: torch.device, layout: torch.layout) -> str:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"deconv_ext: {reason}; torch's own operator is used", stacklevel=4)
+    warnings.warn(f"deconv_ext: {reason}; torch's own operator is used", stacklevel=6)
 
 
 def _torch_operator(

@@ -54,9 +54,17 @@ def test_is_torchs(layers):
 
 
 def test_arguments_are_torchs():
-    ours, theirs = (inspect.signature(c) for c in (ConvTranspose2d, nn.ConvTranspose2d))
-    assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
-        (p.name, p.default, p.kind) for p in theirs.parameters.values()
+    """Ours come after them, and by keyword only."""
+    ours, theirs = (
+        list(inspect.signature(c).parameters.values())
+        for c in (ConvTranspose2d, nn.ConvTranspose2d)
+    )
+    extra = ours[len(theirs) :]
+    assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [
+        (p.name, p.default, p.kind) for p in theirs
+    ]
+    assert [(p.name, p.default, p.kind) for p in extra] == [
+        ("output_size", None, inspect.Parameter.KEYWORD_ONLY)
     ]
 
 
@@ -190,6 +198,29 @@ def test_training_is_torchs(seed):
     assert_close(*weights)
 
 
+# --- output_size in the constructor --------------------------------------------------------------
+
+
+def test_output_size_of_the_constructor(seed):
+    """Inside nn.Sequential, which passes a layer nothing but its input."""
+    plain = ConvTranspose2d(4, 6, 3, 2, 1)
+    x = sample(plain)
+    for size, full in (((10, 8), (10, 8)), ([9, 7], (9, 7))):
+        torch.manual_seed(seed)
+        layer = ConvTranspose2d(4, 6, 3, 2, 1, output_size=size)
+        plain.load_state_dict(layer.state_dict())
+        assert torch.equal(nn.Sequential(layer)(x), plain(x, output_size=full))
+        assert torch.equal(layer(x, output_size=(9, 8)), plain(x, output_size=(9, 8)))
+        assert f"output_size={full}" in repr(layer) and "output_size" not in repr(plain)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), layer(x)) and repr(other) == repr(layer)
+        assert list(layer.state_dict()) == ["weight", "bias"]
+    square = ConvTranspose2d(4, 6, 3, 2, 1, output_size=10)
+    assert square(torch.randn(4, 5, 5)).shape == (6, 10, 10)
+    with pytest.raises(ValueError, match="output size"):
+        ConvTranspose2d(4, 6, 3, 2, 1, output_size=11)(x)
+
+
 # --- padding beyond torch's ----------------------------------------------------------------------
 
 OWN_PADDINGS = [((0, 1), (2, 0)), ((1, 1), (1, 1)), [[1, 0], [0, 1]], "same", "valid"]
@@ -254,7 +285,10 @@ def test_named_padding_is_tensorflows(kernel, stride, dilation):
         ({"padding": "same", "stride": 2, "output_padding": 1}, ValueError, "output_padding"),
         ({"groups": 3}, ValueError, "divisible by groups"),
         ({"groups": 0}, ValueError, "positive"),
-        ({"padding_mode": "circular"}, ValueError, "padding mode"),
+        ({"padding_mode": "reflect"}, ValueError, "padding mode.*'reflect'"),
+        ({"output_size": 0}, ValueError, "output_size.*0"),
+        ({"output_size": (9, 9, 9)}, RuntimeError, r"output_size.*\[9, 9, 9\]"),
+        ({"output_size": 9.5}, TypeError, "output_size.*float"),
     ],
     ids=str,
 )

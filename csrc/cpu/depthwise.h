@@ -8,7 +8,7 @@
 // The weight is transposed to [k][channel] once; taps are clipped to the image.
 #pragma once
 
-#include "direct.h"
+#include "direct_weight.h"
 
 namespace deconv {
 namespace cpu {

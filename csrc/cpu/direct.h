@@ -1,279 +1,281 @@
-// "direct": loops over rows, for depthwise and other problems with few channels a group, where a
-// matrix product has nothing to reuse.
+// "direct" for forward and grad_input: sums of shifted rows, for depthwise and other problems with
+// few channels a group, where a matrix product has nothing to reuse. The equation and the packed
+// rows are those of row_plan.h.
 //
-//     forward       y row  (n, co, oh) = bias + sum over ci, kh, kw of w * x row shifted       one
-//     accumulator row a column phase grad_input    dx row (n, ci, ih) = sum over co, kh, kw of w *
-//     dy row, every stride-th grad_weight   dw (ci, co, kh, kw) = sum over n, ih of the dot product
-//     of those rows
-//
-// Taps are clipped to the image, so nothing is padded. Rows are handled in pieces: scratch does not
-// grow with the image.
+//   for each row t of the target, in pieces of columns:
+//     pack the source rows that it reads, unless the last row of the target read them too
+//     for each channel of the target and column phase r:
+//       sum over terms of weight * packed row, a few vectors of positions at a time in registers
+//     add the bias, put the phases back into their places, round, store
 #pragma once
 
 #include "../parallel.h"
 #include "../reference/elements.h"
 #include "interleave.h"
 #include "microkernel.h"
+#include "row_plan.h"
 #include "scratch.h"
 
 namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-constexpr int64_t kPiece =
-    4096;  // elements of a row handled at a time: its accumulators stay in L1
-
-// sum[i] += w * x[i * Stride]; Stride 0 stands for one known only at run time.
-template <int Stride, class T, class S>
-inline void add_scaled_row(T* sum, const S* x, int64_t stride, T w, int64_t count) {
-  if constexpr (Stride > 0) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const int64_t left = count - i;
-      const Vector<T> v = w * load_every<T, Stride>(x + i * Stride, (left - 1) * Stride + 1);
-      if (left >= kLanes<T>) {
-        store_vector(sum + i, load_vector(sum + i) + v);
-      } else {
-        store_first(sum + i, load_first<T>(sum + i, left) + v, left);
-      }
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) sum[i] += w * convert<T>(x[i * stride]);
-  }
-}
-
-template <class T, class S>
-inline void add_scaled(T* sum, const S* x, int64_t stride, T w, int64_t count) {
-  switch (stride) {
-    case 1:
-      return add_scaled_row<1>(sum, x, stride, w, count);
-    case 2:
-      return add_scaled_row<2>(sum, x, stride, w, count);
-    case 4:
-      return add_scaled_row<4>(sum, x, stride, w, count);
-  }
-  add_scaled_row<0>(sum, x, stride, w, count);
-}
-
-// sum[i mod kLanes] += x[i * x_stride] * y[i * y_stride]; Stride is that of y where x is
-// contiguous, else 0.
-template <int Stride, class T, class S>
-inline void add_products_row(T* sum, const S* x, int64_t x_stride, const S* y, int64_t y_stride,
-                             int64_t count) {
-  if constexpr (Stride > 0) {
-    Vector<T> total = load_vector(sum);
-    for (int64_t i = 0; i < count; i += kLanes<T>)
-      total += load_every<T, 1>(x + i, count - i) *
-               load_every<T, Stride>(y + i * Stride, (count - i - 1) * Stride + 1);
-    store_vector(sum, total);
-  } else {
-    for (int64_t i = 0; i < count; ++i)
-      sum[i % kLanes<T>] += convert<T>(x[i * x_stride]) * convert<T>(y[i * y_stride]);
-  }
-}
-
-template <class T, class S>
-inline void add_products(T* sum, const S* x, int64_t x_stride, const S* y, int64_t y_stride,
-                         int64_t count) {
-  switch (x_stride == 1 ? y_stride : 0) {
-    case 1:
-      return add_products_row<1>(sum, x, x_stride, y, y_stride, count);
-    case 2:
-      return add_products_row<2>(sum, x, x_stride, y, y_stride, count);
-    case 4:
-      return add_products_row<4>(sum, x, x_stride, y, y_stride, count);
-  }
-  add_products_row<0>(sum, x, x_stride, y, y_stride, count);
-}
-
-// Sums of many terms in two levels, as everywhere (microkernel.h): call after every row of terms;
-// folds the partial sums into the totals when they have taken kPartialSum terms.
+// The taps of one column phase over the packed rows that a row of the target reads.
 template <class T>
-struct PartialSums {
-  T *partial, *total;
-  int64_t count, terms = 0;
-
-  PartialSums(T* memory, int64_t size) : partial(memory), total(memory + size), count(size) {
-    for (int64_t i = 0; i < 2 * count; ++i) memory[i] = 0;
-  }
-  void added(int64_t more) {
-    terms += more;
-    if (terms >= kPartialSum) fold();
-  }
-  void fold() {
-    for (int64_t i = 0; i < count; ++i) total[i] += partial[i];
-    for (int64_t i = 0; i < count; ++i) partial[i] = 0;
-    terms = 0;
-  }
+struct RowSum {
+  const T* const* packed;  // [rows], or null where the row lies outside the source
+  int64_t rows;
+  const T* weights;  // of the first row; those of the next are `weight_step` further
+  int64_t weight_step;
+  const int64_t* start;  // [taps] where in a packed row the tap begins
+  int64_t taps;
 };
 
-// Inputs i in [begin, end) that kernel element k carries to an output inside the axis.
-inline Range inputs_of(const Axis& axis, int64_t k) {
-  const int64_t shift = k * axis.dilation - axis.pad;
-  const int64_t begin = shift >= 0 ? 0 : (-shift + axis.stride - 1) / axis.stride;
-  const int64_t end =
-      axis.out - 1 - shift < 0 ? 0 : min_of(axis.in, (axis.out - 1 - shift) / axis.stride + 1);
-  return {begin, max_of(begin, end)};
+// sums[i] (+)= sum over rows and taps of weight * packed[row][start[tap] + i], i < Vectors *
+// kLanes; in two levels, as everywhere (microkernel.h).
+template <int Vectors, class T>
+inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumulate) {
+  constexpr int kN = kLanes<T>;
+  Vector<T> total[Vectors], partial[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    total[v] = accumulate ? load_vector(sums + i + v * kN) : Vector<T>{};
+    partial[v] = Vector<T>{};
+  }
+  int64_t terms = 0;
+  const T* weights = r.weights;
+  for (int64_t row = 0; row < r.rows; ++row, weights += r.weight_step) {
+    if (!r.packed[row]) continue;
+    const T* packed = r.packed[row] + i;
+    for (int64_t tap = 0; tap < r.taps; ++tap) {
+      const T weight = weights[tap];
+      const T* source = packed + r.start[tap];
+      for (int v = 0; v < Vectors; ++v) partial[v] += weight * load_vector(source + v * kN);
+    }
+    terms += r.taps;
+    if (terms < kPartialSum) continue;
+    terms = 0;
+    for (int v = 0; v < Vectors; ++v) {
+      total[v] += partial[v];
+      partial[v] = Vector<T>{};
+    }
+  }
+  for (int v = 0; v < Vectors; ++v) store_vector(sums + i + v * kN, total[v] + partial[v]);
 }
 
-// What a kernel column does to a row: inputs [begin, end) go to the outputs from `output` on, which
-// are position begin - shift of phase `phase`.
-struct ColumnTap {
-  int64_t begin, end, output, phase, shift;
-};
-
-inline ColumnTap column_tap(const Axis& axis, int64_t k) {
-  const Range inputs = inputs_of(axis, k);
-  const int64_t output = inputs.begin * axis.stride + k * axis.dilation - axis.pad;
-  if (inputs.begin == inputs.end) return {0, 0, 0, 0, 0};
-  return {inputs.begin, inputs.end, output, output % axis.stride,
-          inputs.begin - output / axis.stride};
+// The same for whole vectors that cover `length` positions.
+template <class T>
+DECONV_PHASE void sum_rows(const RowSum<T>& r, int64_t length, T* sums, bool accumulate) {
+  constexpr int kN = kLanes<T>;
+  int64_t i = 0;
+  for (; i + 3 * kN < length; i += 4 * kN) sum_row_vectors<4>(r, i, sums, accumulate);
+  for (; i < length; i += kN) sum_row_vectors<1>(r, i, sums, accumulate);
 }
 
 template <class S>
 struct Direct {
   using T = typename Arithmetic<S>::type;
+  static constexpr int64_t kNoRow = -1;
 
+  const Op op;
   const Params& params;
-  const ColumnTap* columns;  // [kernel_w]
+  const RowPlan& plan;
+  T* weights;  // [group][row][channel][kh][tap], taps phase by phase
   const Problem& p = params.problem;
-  int64_t group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
+  int64_t copies = static_cast<int64_t>(plan.copies.size());
+  int64_t phases = static_cast<int64_t>(plan.phases.size());
+  int64_t taps = static_cast<int64_t>(plan.taps.size());
+  int64_t row_elements = copies * plan.pitch;  // of one packed row
 
-  const S* at(const TensorRef& t, int64_t i0, int64_t i1, int64_t i2, int64_t i3) const {
-    return static_cast<const S*>(t.data) + t.at(i0, i1, i2, i3);
-  }
-  T weight(int64_t ci, int64_t co, int64_t kh, int64_t kw) const {
-    return convert<T>(*at(params.w, ci, co, kh, kw));
+  // What a task works with.
+  struct Scratch {
+    T* packed;         // [channel][slot][copy][pitch]
+    int64_t* kept;     // [channel][slot] the source row that lies there
+    const T** row_of;  // [channel][kh] packed, or null where the row has no such tap
+    T* sums;           // [phase with taps][piece in whole vectors]
+    T* zeros;          // of phases without taps
+    const T** rows;    // [phase] of the interleaving
+  };
+
+  int64_t sum_pitch() const { return round_up<int64_t>(plan.piece, kLanes<T>); }
+
+  Scratch carve() const {
+    Scratch s;
+    const int64_t packed_rows = plan.keep ? plan.channels * plan.slots : 1;
+    const auto take = [&](void* memory) {
+      Carver carver(memory);
+      s.packed = carver.take<T>(packed_rows * row_elements);
+      s.kept = carver.take<int64_t>(packed_rows);
+      s.row_of = carver.take<const T*>(plan.channels * p.h.kernel);
+      s.sums = carver.take<T>(phases * sum_pitch());
+      s.zeros = carver.take<T>(sum_pitch());
+      s.rows = carver.take<const T*>(plan.target_step);
+      return carver.used();
+    };
+    take(thread_scratch(take(nullptr)));
+    for (int64_t i = 0; i < sum_pitch(); ++i) s.zeros[i] = 0;
+    return s;
   }
 
-  // One output row. Phase r of the row holds the outputs j * stride + r.
-  void forward_row(int64_t n, int64_t co, int64_t oh) const {
-    const int64_t phases = min_of(p.w.stride, p.w.out),
-                  positions = (p.w.out + p.w.stride - 1) / p.w.stride;
-    const int64_t piece = max_of<int64_t>(1, min_of(positions, kPiece / phases));
-    const int64_t group = co / group_out;
+  // The source row that kernel row kh carries to row t of the target, or -1.
+  int64_t source_row(int64_t t, int64_t kh) const {
+    return op == Op::kForward ? input_index(p.h, t, kh) : output_index(p.h, t, kh);
+  }
+
+  // All copies of one row, for positions from j0 on; zeros stand where the row ends.
+  DECONV_PHASE void pack_row(int64_t n, int64_t channel, int64_t row, int64_t j0, T* to) const {
+    const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
+    const int64_t step = plan.source_step, size = plan.source_size;
+    for (const RowPlan::Copy& copy : plan.copies) {
+      const int64_t first = (j0 + copy.base) * step + copy.residue;
+      const int64_t before = first < 0 ? (-first + step - 1) / step : 0;
+      const int64_t inside = size > first ? (size - first + step - 1) / step : 0;
+      const int64_t end = min_of(plan.pitch, inside), begin = min_of(before, end);
+      for (int64_t i = 0; i < begin; ++i) to[i] = 0;
+      if (begin < end)
+        copy_strided(to + begin, source + (first + begin * step) * plan.source.stride[3],
+                     step * plan.source.stride[3], end - begin);
+      for (int64_t i = end; i < plan.pitch; ++i) to[i] = 0;
+      to += plan.pitch;
+    }
+  }
+
+  int64_t weight_elements() const {
+    return plan.groups * plan.rows * plan.channels * p.h.kernel * taps;
+  }
+
+  void pack_weights() const {
+    T* to = weights;
+    for (int64_t group = 0; group < plan.groups; ++group)
+      for (int64_t row = 0; row < plan.rows; ++row)
+        for (int64_t c = 0; c < plan.channels; ++c)
+          for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
+            const S* from = static_cast<const S*>(params.w.data) +
+                            (op == Op::kForward ? params.w.at(group * plan.channels + c, row, kh, 0)
+                                                : params.w.at(group * plan.rows + row, c, kh, 0));
+            for (int64_t tap = 0; tap < taps; ++tap)
+              *to++ = convert<T>(from[plan.taps[tap].k * params.w.stride[3]]);
+          }
+  }
+
+  // sums[phase] (+)= the terms of `rows` packed rows, which stand for (channel, kh) from
+  // `first_row` on
+  void add_rows(int64_t group, int64_t row, const T* const* packed, int64_t first_row, int64_t rows,
+                int64_t count, bool accumulate, const Scratch& s) const {
+    const T* w =
+        weights + ((group * plan.rows + row) * plan.channels * p.h.kernel + first_row) * taps;
+    for (int64_t i = 0; i < phases; ++i) {
+      const RowPlan::ColumnPhase& phase = plan.phases[i];
+      const RowSum<T> sum{
+          packed,    rows, w + phase.first_tap, taps, plan.starts.data() + phase.first_tap,
+          phase.taps};
+      sum_rows(sum, count, s.sums + i * sum_pitch(), accumulate);
+    }
+  }
+
+  // Rows [t0, t1) of the target, all channels of one group.
+  void rows(int64_t n, int64_t group, int64_t t0, int64_t t1) const {
+    const Scratch s = carve();
+    for (int64_t j0 = 0; j0 < plan.positions; j0 += plan.piece) {
+      const int64_t count = min_of(plan.piece, plan.positions - j0);
+      for (int64_t i = 0; plan.keep && i < plan.channels * plan.slots; ++i) s.kept[i] = kNoRow;
+      for (int64_t t = t0; t < t1; ++t) {
+        for (int64_t kh = 0; plan.keep && kh < p.h.kernel; ++kh) {
+          const int64_t source = source_row(t, kh), slot = source % plan.slots;
+          for (int64_t c = 0; c < plan.channels; ++c)
+            s.row_of[c * p.h.kernel + kh] =
+                source < 0 ? nullptr : kept_row(n, group, c, source, slot, j0, s);
+        }
+        for (int64_t row = 0; row < plan.rows; ++row) {
+          if (plan.keep) {
+            add_rows(group, row, s.row_of, 0, plan.channels * p.h.kernel, count, false, s);
+          } else {
+            sum_one_by_one(n, group, row, t, j0, count, s);
+          }
+          repair(n, group * plan.rows + row, t, j0, count, s);
+          store(n, group * plan.rows + row, t, j0, count, s);
+        }
+      }
+    }
+  }
+
+  const T* kept_row(int64_t n, int64_t group, int64_t c, int64_t source, int64_t slot, int64_t j0,
+                    const Scratch& s) const {
+    const int64_t place = c * plan.slots + slot;
+    T* packed = s.packed + place * row_elements;
+    if (s.kept[place] != source) pack_row(n, group * plan.channels + c, source, j0, packed);
+    s.kept[place] = source;
+    return packed;
+  }
+
+  void sum_one_by_one(int64_t n, int64_t group, int64_t row, int64_t t, int64_t j0, int64_t count,
+                      const Scratch& s) const {
+    for (int64_t i = 0; i < phases * sum_pitch(); ++i) s.sums[i] = 0;
+    for (int64_t c = 0; c < plan.channels; ++c)
+      for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
+        const int64_t source = source_row(t, kh);
+        if (source < 0) continue;
+        pack_row(n, group * plan.channels + c, source, j0, s.packed);
+        add_rows(group, row, &s.packed, c * p.h.kernel + kh, 1, count, true, s);
+      }
+  }
+
+  // Zeros that stand for padding turn into NaN against infinite weights. Whatever came out as NaN
+  // is computed again from the definition.
+  void repair(int64_t n, int64_t row, int64_t t, int64_t j0, int64_t count,
+              const Scratch& s) const {
+    for (int64_t i = 0; i < phases; ++i) {
+      T* sums = s.sums + i * sum_pitch();
+      int broken = 0;
+      for (int64_t j = 0; j < count; ++j) broken |= sums[j] != sums[j];
+      if (!broken) continue;
+      Params plain = params;
+      plain.bias = nullptr;
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t column = (j0 + j) * plan.target_step + plan.phases[i].phase;
+        if (sums[j] == sums[j] || column >= plan.target_size) continue;
+        sums[j] = static_cast<T>(
+            op == Op::kForward
+                ? reference::forward_element<double, S>(plain, n, row, t, column)
+                : reference::grad_input_element<double, S>(plain, n, row, t, column));
+      }
+    }
+  }
+
+  void store(int64_t n, int64_t row, int64_t t, int64_t j0, int64_t count, const Scratch& s) const {
+    const int64_t all = min_of(plan.target_step, plan.target_size);
+    for (int64_t r = 0; r < all; ++r) s.rows[r] = s.zeros;
+    for (int64_t i = 0; i < phases; ++i) s.rows[plan.phases[i].phase] = s.sums + i * sum_pitch();
     const T bias = params.bias
-                       ? convert<T>(static_cast<const S*>(params.bias)[co * params.bias_stride])
+                       ? convert<T>(static_cast<const S*>(params.bias)[row * params.bias_stride])
                        : T(0);
-    Carver carver(thread_scratch(2 * phases * piece * sizeof(T) + phases * sizeof(T*) + 64));
-    T* memory = carver.take<T>(2 * phases * piece);
-    const T** rows = carver.take<const T*>(phases);
-    for (int64_t j0 = 0; j0 < positions; j0 += piece) {
-      const int64_t count = min_of(piece, positions - j0);
-      PartialSums<T> sums(memory, phases * piece);  // [phase][position]
-      for (int64_t r = 0; r < phases; ++r) rows[r] = sums.total + r * piece;
-      for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
-        const int64_t ih = input_index(p.h, oh, kh);
-        if (ih < 0) continue;
-        for (int64_t ci = group * group_in; ci < (group + 1) * group_in; ++ci) {
-          for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-            const ColumnTap& tap = columns[kw];
-            const int64_t begin = max_of(tap.begin, j0 + tap.shift),
-                          end = min_of(tap.end, j0 + count + tap.shift);
-            if (begin < end)
-              add_scaled(sums.partial + tap.phase * piece + begin - tap.shift - j0,
-                         at(params.x, n, ci, ih, begin), params.x.stride[3],
-                         weight(ci, co - group * group_out, kh, kw), end - begin);
-          }
-          sums.added(p.w.kernel / phases + 1);
-        }
-      }
-      sums.fold();
-      S* y = static_cast<S*>(params.y.data) + params.y.at(n, co, oh, 0);
-      if (params.y.stride[3] == 1) {
-        interleave(y, j0 * p.w.stride, p.w.stride, p.w.out, rows, phases, 0, count, bias);
-      } else {
-        for (int64_t r = 0; r < phases; ++r)
-          for (int64_t j = 0; j < count && (j0 + j) * p.w.stride + r < p.w.out; ++j)
-            y[((j0 + j) * p.w.stride + r) * params.y.stride[3]] = convert<S>(rows[r][j] + bias);
-      }
-    }
-  }
-
-  void grad_input_row(int64_t n, int64_t ci, int64_t ih) const {
-    const int64_t group = ci / group_in, piece = min_of(kPiece, p.w.in);
-    T* memory = static_cast<T*>(thread_scratch(2 * piece * sizeof(T)));
-    for (int64_t i0 = 0; i0 < p.w.in; i0 += piece) {
-      const int64_t count = min_of(piece, p.w.in - i0);
-      PartialSums<T> sums(memory, count);
-      for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
-        const int64_t oh = output_index(p.h, ih, kh);
-        if (oh < 0) continue;
-        for (int64_t co = 0; co < group_out; ++co) {
-          for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-            const ColumnTap& tap = columns[kw];
-            const int64_t begin = max_of(tap.begin, i0), end = min_of(tap.end, i0 + count);
-            if (begin < end)
-              add_scaled(sums.partial + begin - i0,
-                         at(params.y, n, group * group_out + co, oh,
-                            tap.output + (begin - tap.begin) * p.w.stride),
-                         params.y.stride[3] * p.w.stride, weight(ci, co, kh, kw), end - begin);
-          }
-          sums.added(p.w.kernel);
-        }
-      }
-      sums.fold();
-      S* dx = static_cast<S*>(params.x.data) + params.x.at(n, ci, ih, i0);
-      for (int64_t i = 0; i < count; ++i) dx[i * params.x.stride[3]] = convert<S>(sums.total[i]);
-    }
-  }
-
-  // The weights of one pair of channels and one kernel row. A column of lanes each, added over all
-  // lines, then summed.
-  void grad_weight_row(int64_t ci, int64_t co, int64_t kh) const {
-    constexpr int kN = kLanes<T>;
-    PartialSums<T> sums(static_cast<T*>(thread_scratch(2 * p.w.kernel * kN * sizeof(T))),
-                        p.w.kernel * kN);
-    const int64_t channel = ci / group_in * group_out + co;
-    const Range lines = inputs_of(p.h, kh);
-    for (int64_t n = 0; n < p.batch; ++n)
-      for (int64_t ih = lines.begin; ih < lines.end; ++ih) {
-        const int64_t oh = output_index(p.h, ih, kh);
-        for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-          const ColumnTap& tap = columns[kw];
-          if (tap.begin < tap.end)
-            add_products(sums.partial + kw * kN, at(params.x, n, ci, ih, tap.begin),
-                         params.x.stride[3], at(params.y, n, channel, oh, tap.output),
-                         params.y.stride[3] * p.w.stride, tap.end - tap.begin);
-        }
-        sums.added(p.w.in / kN + 1);
-      }
-    sums.fold();
-    for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-      T total = 0;
-      for (int lane = 0; lane < kN; ++lane) total += sums.total[kw * kN + lane];
-      static_cast<S*>(params.w.data)[params.w.at(ci, co, kh, kw)] = convert<S>(total);
-    }
+    S* target = static_cast<S*>(plan.target.data) + plan.target.at(n, row, t, 0);
+    if (plan.target.stride[3] == 1)
+      return interleave(target, j0 * plan.target_step, plan.target_step, plan.target_size, s.rows,
+                        all, 0, count, bias);
+    for (int64_t r = 0; r < all; ++r)
+      for (int64_t j = 0; j < count && (j0 + j) * plan.target_step + r < plan.target_size; ++j)
+        target[((j0 + j) * plan.target_step + r) * plan.target.stride[3]] =
+            convert<S>(s.rows[r][j] + bias);
   }
 };
 
 template <class S>
 void direct(Op op, const Params& params, int threads) {
-  const Problem& p = params.problem;
-  ColumnTap* columns = static_cast<ColumnTap*>(call_scratch(p.w.kernel * sizeof(ColumnTap)));
-  for (int64_t kw = 0; kw < p.w.kernel; ++kw) columns[kw] = column_tap(p.w, kw);
-  const Direct<S> kernel{params, columns};
-  if (op == Op::kGradWeight) {
-    const int64_t outputs = p.c_out / p.groups;
-    parallel_for(p.c_in * outputs * p.h.kernel, threads, [&](int64_t task) {
-      kernel.grad_weight_row(task / p.h.kernel / outputs, task / p.h.kernel % outputs,
-                             task % p.h.kernel);
-    });
-    return;
-  }
-  // A task is some rows of one plane.
-  constexpr int64_t kRows = 16;
-  const int64_t planes = op == Op::kForward ? p.c_out : p.c_in,
-                rows = op == Op::kForward ? p.h.out : p.h.in, parts = (rows + kRows - 1) / kRows;
-  parallel_for(p.batch * planes * parts, threads, [&](int64_t task) {
-    const int64_t n = task / parts / planes, plane = task / parts % planes,
-                  first = task % parts * kRows;
-    for (int64_t row = first; row < min_of(first + kRows, rows); ++row) {
-      if (op == Op::kForward) {
-        kernel.forward_row(n, plane, row);
-      } else {
-        kernel.grad_input_row(n, plane, row);
-      }
-    }
+  const RowPlan plan = plan_rows(op, params, kLanes<typename Arithmetic<S>::type>);
+  Direct<S> kernel{op, params, plan, nullptr};
+  kernel.weights = static_cast<typename Direct<S>::T*>(
+      call_scratch(kernel.weight_elements() * sizeof(typename Direct<S>::T)));
+  kernel.pack_weights();
+  // A task is some rows of all planes of a group: enough to read packed rows again, not so many
+  // that threads go without.
+  const int64_t planes = params.problem.batch * plan.groups;
+  const int64_t most = (plan.row_count * planes + 4 * threads - 1) / (4 * threads);
+  const int64_t each = max_of<int64_t>(1, min_of<int64_t>(32, most));
+  const int64_t parts = (plan.row_count + each - 1) / each;
+  parallel_for(planes * parts, threads, [&](int64_t task) {
+    const int64_t plane = task / parts, first = task % parts * each;
+    kernel.rows(plane / plan.groups, plane % plan.groups, first,
+                min_of(first + each, plan.row_count));
   });
 }
 

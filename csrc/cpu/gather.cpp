@@ -168,17 +168,18 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                           plan.w.positions;
         pack = offsets * (plan.source.stride[1] == 1
                               ? crossing * (kRun + channels * kVectorCopied / lanes)
-                              : channels * kFarElement);
+                              : channels * (plan.source.stride[1] <= 16 ? kElement : kFarElement));
         store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1
                                ? kRun / contiguous + kVectorStored / lanes
                                : kElement);
       } else {
-        const int64_t step = plan.source.stride[3] * plan.w.source_step;
+        // Contiguous runs end with the row. A step makes residues of it first, which all taps
+        // share.
+        const double run = kRun / static_cast<double>(plan.w.positions);
+        const double residues = plan.w.source_step == 1 ? 0.0 : 3.0;
+        const double far = plan.source.stride[3] < 16 ? kElement : kFarElement;
         pack = offsets * channels *
-               (step == 1   ? kVectorCopied / lanes
-                : step == 2 ? 2 * kVectorCopied / lanes
-                : step < 16 ? kElement
-                            : kFarElement);
+               (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + run : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
       }
       const double cycles = positions * (multiply + pack + store);

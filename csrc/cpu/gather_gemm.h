@@ -139,7 +139,7 @@ struct GatherGemm {
     T *panel, *sums, *bias;
     bool* present;
     const T** in_place;
-    PixelRun* runs;
+    PixelRun *runs, *joined;
     SegmentList segments;
     int64_t* row_offsets;
     const auto carve = [&](void* memory) {
@@ -150,6 +150,7 @@ struct GatherGemm {
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
       in_place = carver.take<const T*>(plan.block_tiles);
       runs = carver.take<PixelRun>(pixels);
+      joined = carver.take<PixelRun>(pixels);
       // A tap spans at most one more group than its channels fill.
       const int64_t groups = offsets * plan.channel_block / kPartialSum + 2;
       segments.list = carver.take<Segment<T>>(offsets + groups);
@@ -160,6 +161,7 @@ struct GatherGemm {
     carve(thread_scratch(carve(nullptr)));
 
     const int64_t run_count = pack.list_runs(first_tile, tiles, runs);
+    const int64_t joined_count = pack.join_runs(runs, run_count, joined);
     const bool one_panel = plan.channel_block >= plan.channels && plan.offset_block >= offsets;
     for (int64_t chunk = first_chunk; chunk < first_chunk + chunks; ++chunk) {
       if (offsets == 0)
@@ -169,13 +171,13 @@ struct GatherGemm {
           const int64_t channels = min_of(plan.channel_block, plan.channels - c0),
                         u = min_of(plan.offset_block, offsets - u0);
           if (!one_panel || chunk == first_chunk)
-            pack.pack_pixels(group, runs, run_count, tiles, c0, channels, u0, u, panel, present,
-                             in_place);
+            pack.pack_pixels(group, runs, run_count, joined, joined_count, tiles, c0, channels, u0,
+                             u, panel, present, in_place);
           multiply(group, chunk, tiles, c0, channels, u0, u, panel, present, in_place, c0 + u0 > 0,
                    segments, row_offsets, sums);
         }
-      store.repair(group, chunk, runs, run_count, tiles, sums);
-      store.store(group, chunk, runs, run_count, sums, bias);
+      store.repair(group, chunk, joined, joined_count, tiles, sums);
+      store.store(group, chunk, joined, joined_count, sums, bias);
     }
   }
 };

@@ -179,6 +179,21 @@ struct GatherPack {
     return count;
   }
 
+  // Joins runs of neighbouring tiles that go on in the same row of the same image.
+  int64_t join_runs(const PixelRun* runs, int64_t count, PixelRun* joined) const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      PixelRun* last = n > 0 ? joined + n - 1 : nullptr;
+      if (last && !plan.batch_innermost && runs[i].n == last->n && runs[i].jh == last->jh &&
+          runs[i].jw == last->jw + last->count && runs[i].at == last->at + last->count) {
+        last->count += runs[i].count;
+      } else {
+        joined[n++] = runs[i];
+      }
+    }
+    return n;
+  }
+
   // The part [begin, end) of a run whose source exists at this offset, and where its first element
   // lies.
   struct Piece {
@@ -202,12 +217,13 @@ struct GatherPack {
   // Packs one block of channels x offsets for all tiles of the block; present[tile][offset] tells
   // whether any pixel has a source there. A tile of rows that lies in one row of one image, with
   // every tap inside, is read where it is: in_place[tile] points to its first pixel.
-  void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, int64_t tiles,
-                   int64_t c0, int64_t channels, int64_t u0, int64_t offsets, T* panel,
-                   bool* present, const T** in_place) const {
+  void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, const PixelRun* joined,
+                   int64_t joined_count, int64_t tiles, int64_t c0, int64_t channels, int64_t u0,
+                   int64_t offsets, T* panel, bool* present, const T** in_place) const {
     const S* source = static_cast<const S*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
     const PixelRun* first = runs;
+    const bool planes = has_planes();
     for (int64_t t = 0; t < tiles; ++t) {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
@@ -222,11 +238,12 @@ struct GatherPack {
         pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
                      present + t * offsets);
       } else {
-        pack_as_lanes(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
+        pack_as_lanes(source, first, last, t * plan.pixel_width, channels, u0, offsets, planes, to,
                       present + t * offsets);
       }
       first = last;
     }
+    if (planes) pack_planes(source, joined, joined_count, channels, u0, offsets, panel);
   }
 
   bool readable_in_place(const PixelRun& run) const {
@@ -242,13 +259,13 @@ struct GatherPack {
            iw + plan.offsets_w.front() >= 0 && last_iw + plan.offsets_w.back() < plan.w.source;
   }
 
-  // [offset][channel][pixel]: rows of the source, shifted.
+  // [offset][channel][pixel]: rows of the source, shifted. With planes the caller fills them in.
   DECONV_PHASE void pack_as_lanes(const S* source, const PixelRun* first, const PixelRun* last,
                                   int64_t first_pixel, int64_t channels, int64_t u0,
-                                  int64_t offsets, T* to, bool* present) const {
-    const int64_t pixel_stride =
-        plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
+                                  int64_t offsets, bool planes, T* to, bool* present) const {
     const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
+    const int64_t step =
+        plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
     for (int64_t u = 0; u < offsets; ++u, to += channels * width) {
       const int64_t offset_h = plan.offsets_h[(u0 + u) / count_w],
                     offset_w = plan.offsets_w[(u0 + u) % count_w];
@@ -258,14 +275,89 @@ struct GatherPack {
         found += max_of<int64_t>(0, piece.end - piece.begin);
       }
       present[u] = found > 0;
-      if (found == 0) continue;
-      if (found < width) clear(to, channels * width);
+      if (found > 0 && found < width) clear(to, channels * width);
+      if (found == 0 || planes) continue;
       for (const PixelRun* run = first; run < last; ++run) {
         const Piece piece = piece_of(*run, offset_h, offset_w);
         T* at = to + run->at - first_pixel + piece.begin;
         for (int64_t c = 0; c < channels; ++c)
-          copy_strided(at + c * width, source + piece.source + c * plan.source.stride[1],
-                       pixel_stride, piece.end - piece.begin);
+          copy_strided(at + c * width, source + piece.source + c * plan.source.stride[1], step,
+                       piece.end - piece.begin, to + width - at);
+      }
+    }
+  }
+
+  // Planes: several taps read the same row of the source, `source_step` apart. The row is split
+  // into its residues once, and each tap copies from one of them. Channel by channel, so that
+  // memory is read in its own order: neighbouring channels are often a power of two apart and would
+  // compete for one set of the cache.
+  static constexpr int64_t kPlaneElements = 4096, kPlaneTaps = 128;
+
+  bool has_planes() const {
+    const int64_t taps = plan.offsets_w.size(), step = plan.w.source_step;
+    // With two residues and no overlap a strided copy costs no more.
+    return !plan.rows_across && (taps > step || (taps == step && step > 2)) && step > 1 &&
+           taps <= kPlaneTaps && !plan.batch_innermost && plan.w.positions >= kLanes<T> &&
+           plan.source.stride[3] == 1 && plane_pixels() >= kLanes<T>;
+  }
+  // Positions split at a time.
+  int64_t plane_pixels() const {
+    const int64_t shifts = floor_divide(plan.offsets_w.back(), plan.w.source_step) -
+                           floor_divide(plan.offsets_w.front(), plan.w.source_step);
+    return kPlaneElements / plan.w.source_step / kLanes<T> * kLanes<T> - shifts;
+  }
+  static int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+  // `panel` is that of all tiles of the block, `joined` their runs.
+  DECONV_PHASE void pack_planes(const S* source, const PixelRun* joined, int64_t run_count,
+                                int64_t channels, int64_t u0, int64_t offsets, T* panel) const {
+    const int64_t count_w = plan.offsets_w.size(), pixels = plane_pixels();
+    for (int64_t c = 0; c < channels; ++c)
+      for (const PixelRun* run = joined; run < joined + run_count; ++run)
+        for (int64_t u = 0, taps; u < offsets; u += taps) {
+          const int64_t first_w = (u0 + u) % count_w;
+          taps = min_of(count_w - first_w, offsets - u);
+          const int64_t ih = run->jh * plan.h.source_step + plan.offsets_h[(u0 + u) / count_w];
+          if (ih < 0 || ih >= plan.h.source) continue;
+          const S* row = source + plan.source.at(run->n, c, ih, 0);
+          for (int64_t at = 0; at < run->count; at += pixels)
+            pack_plane_piece(row, run->jw + at, min_of(pixels, run->count - at), run->at + at,
+                             plan.offsets_w.data() + first_w, taps, channels, offsets,
+                             panel + (u * channels + c) * plan.pixel_width);
+        }
+  }
+
+  // Positions [jw, jw + count) of one row, pixels `at` and on of the block.
+  void pack_plane_piece(const S* row, int64_t jw, int64_t count, int64_t at,
+                        const int64_t* offsets_w, int64_t taps, int64_t channels, int64_t offsets,
+                        T* panel) const {
+    T planes[kPlaneElements];
+    const int64_t step = plan.w.source_step, width = plan.pixel_width;
+    const int64_t pitch = kPlaneElements / step / kLanes<T> * kLanes<T>;
+    const int64_t base = floor_divide(offsets_w[0], step);
+    const int64_t positions = count + floor_divide(offsets_w[taps - 1], step) - base;
+    const int64_t first = (jw + base) * step;  // column of the first element of plane 0
+    const int64_t head = first < 0 ? min_of(positions, (-first + step - 1) / step) : 0;
+    // Whole vectors may lie before the column where the row begins only in `head`.
+    deinterleave(planes + head, pitch, row + first + head * step, step, positions - head,
+                 plan.w.source - first - head * step);
+    for (int64_t i = 0; i < head; ++i)
+      for (int64_t r = 0; r < step; ++r) {
+        const int64_t iw = first + i * step + r;
+        planes[r * pitch + i] = iw >= 0 && iw < plan.w.source ? convert<T>(row[iw]) : T(0);
+      }
+    const int64_t first_tile = at / width, first_lane = at % width;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t shift = floor_divide(offsets_w[tap], step);
+      const T* from = planes + (offsets_w[tap] - shift * step) * pitch + shift - base;
+      T* tile = panel + (first_tile * offsets + tap) * channels * width;
+      int64_t lane = first_lane;
+      for (int64_t left = count, length; left > 0; left -= length) {
+        length = min_of(width - lane, left);
+        copy_every<1>(tile + lane, from, length, width - lane);
+        from += length;
+        lane = 0;
+        tile += offsets * channels * width;
       }
     }
   }

@@ -89,11 +89,34 @@ struct GatherStore {
                   rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     for (int64_t row = 0; row < rows; ++row) bias[row] = bias_of(first + row);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
+    if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
       return store_interleaved(rows, runs, run_count, sums, bias, target);
     if (plan.rows_across && plan.rows_by_phase)
       return store_rows(rows, runs, run_count, sums, bias, target);
     store_strided(rows, runs, run_count, sums, bias, target);
+  }
+
+  // Pixels are lanes, there is one phase and planes of the target are contiguous (grad_input in
+  // NCHW): pixels that follow each other do so in the target, across the ends of its rows.
+  bool target_is_linear() const {
+    return !plan.rows_across && !plan.batch_innermost && plan.h.target_step == 1 &&
+           plan.w.target_step == 1 && plan.target.stride[3] == 1 &&
+           plan.target.stride[2] == plan.w.target;
+  }
+  DECONV_PHASE void store_linear(int64_t rows, const PixelRun* runs, int64_t run_count,
+                                 const T* sums, const T* bias, S* target) const {
+    const PixelRun* next;
+    for (const PixelRun* run = runs; run < runs + run_count; run = next) {
+      int64_t count = run->count;
+      for (next = run + 1; next < runs + run_count && next->n == run->n; ++next)
+        count += next->count;
+      for (int64_t row = 0; row < rows; ++row) {
+        const T* from = sums + plan.sum_at(row, run->at);
+        interleave_full<1>(target + plan.target.at(run->n, row, run->jh, run->jw), &from, 0, count,
+                           bias[row]);
+      }
+    }
   }
 
   // Any strides: one pass a row and phase.

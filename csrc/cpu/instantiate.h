@@ -3,6 +3,7 @@
 
 #include "depthwise.h"
 #include "direct.h"
+#include "direct_weight.h"
 #include "gather_gemm.h"
 #include "grad_bias.h"
 #include "kernels.h"
@@ -40,7 +41,10 @@ inline Kernels table(const char* isa, bool (*supported)()) {
         with_storage(params.dtype, [&](auto s) { weight_gemm<decltype(s)>(params, threads); });
       },
       [](Op op, const Params& params, int threads) {
-        with_storage(params.dtype, [&](auto s) { direct<decltype(s)>(op, params, threads); });
+        with_storage(params.dtype, [&](auto s) {
+          op == Op::kGradWeight ? direct_weight<decltype(s)>(params, threads)
+                                : direct<decltype(s)>(op, params, threads);
+        });
       },
       [](Op op, const Params& params, int threads) {
         with_storage(params.dtype, [&](auto s) { depthwise<decltype(s)>(op, params, threads); });

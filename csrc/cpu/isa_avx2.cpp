@@ -1,5 +1,7 @@
 // The CPU kernels for AVX-2. Standard headers come before the switch of target, so that nothing
 // shared is compiled for it.
+#include <immintrin.h>
+
 #include <memory>
 #include <vector>
 
@@ -8,6 +10,7 @@
 #include "../reference/elements.h"
 #include "gather.h"
 #include "kernels.h"
+#include "row_plan.h"
 #include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

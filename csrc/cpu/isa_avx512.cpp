@@ -12,6 +12,7 @@
 #include "../reference/elements.h"
 #include "gather.h"
 #include "kernels.h"
+#include "row_plan.h"
 #include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

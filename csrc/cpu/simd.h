@@ -7,7 +7,7 @@
 // wrong instruction set.
 #pragma once
 
-#if DECONV_VECTOR_BYTES == 64
+#if DECONV_VECTOR_BYTES >= 32
 #include <immintrin.h>
 #endif
 
@@ -25,6 +25,23 @@ constexpr int kRegisters = DECONV_VECTOR_REGISTERS;
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+struct Range {
+  int64_t begin, end;
+};
+
+template <class I>
+inline I min_of(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+inline I max_of(I a, I b) {
+  return a > b ? a : b;
+}
+template <class I>
+inline I round_up(I value, I multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 template <class T>
 struct VectorOf {
@@ -81,6 +98,15 @@ inline Vector<T> even_lanes(Vector<T> a, Vector<T> b) {
   return __builtin_shuffle(a, b, mask);
 }
 
+// The odd lanes of a followed by b.
+template <class T>
+inline Vector<T> odd_lanes(Vector<T> a, Vector<T> b) {
+  typedef typename IntegerOf<sizeof(T)>::type Index;
+  Vector<Index> mask;
+  for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i + 1);
+  return __builtin_shuffle(a, b, mask);
+}
+
 // The first `count` lanes, 0 <= count <= kLanes: memory beyond them is not touched, lanes beyond
 // them are zero.
 template <class T, class S>
@@ -90,6 +116,18 @@ inline Vector<T> load_first(const S* p, int64_t count) {
     return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi32((1u << count) - 1, p));
   if constexpr (sizeof(S) == 8)
     return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi64((1u << count) - 1, p));
+#elif DECONV_VECTOR_BYTES == 32
+  alignas(32) static constexpr int32_t kMask[] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                  0,  0,  0,  0,  0,  0,  0,  0};
+  const auto mask = [&](int64_t words) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - words));
+  };
+  if constexpr (sizeof(S) == 4)
+    return reinterpret_cast<Vector<T>>(
+        _mm256_maskload_epi32(reinterpret_cast<const int*>(p), mask(count)));
+  if constexpr (sizeof(S) == 8)
+    return reinterpret_cast<Vector<T>>(
+        _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), mask(2 * count)));
 #endif
   T lanes[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = convert<T>(p[i]);
@@ -107,7 +145,19 @@ inline void store_first(T* p, Vector<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
-// Every Stride-th of the `count` elements from p on, Stride a power of two.
+// Every Stride-th of the elements from p on, Stride a power of two; all kLanes * Stride of them are
+// there.
+template <class T, int Stride, class S>
+inline Vector<T> load_every(const S* p) {
+  if constexpr (Stride == 1) {
+    return load_as<T>(p);
+  } else {
+    return even_lanes<T>(load_every<T, Stride / 2>(p),
+                         load_every<T, Stride / 2>(p + kLanes<T> * Stride / 2));
+  }
+}
+
+// The same where `count` elements are there; lanes without one are zero.
 template <class T, int Stride, class S>
 inline Vector<T> load_every(const S* p, int64_t count) {
   constexpr int64_t kHalf = kLanes<T> * Stride / 2;
@@ -121,34 +171,80 @@ inline Vector<T> load_every(const S* p, int64_t count) {
   }
 }
 
-// to[i] = from[i * Stride]
+// to[i] = from[i * Stride], i < count. Up to the end of a vector zeros may be written too, where
+// `room` allows it: that is faster than a part of a vector.
 template <int Stride, class T, class S>
-inline void copy_every(T* to, const S* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
+inline void copy_every(T* to, const S* from, int64_t count, int64_t room) {
+  constexpr int64_t kN = kLanes<T>;
+  int64_t i = 0;
+  for (; (count - i - 1) * Stride + 1 >= kN * Stride; i += kN)
+    store_vector(to + i, load_every<T, Stride>(from + i * Stride));
+  for (; i < count; i += kN) {
     const int64_t left = count - i;
     const Vector<T> v = load_every<T, Stride>(from + i * Stride, (left - 1) * Stride + 1);
-    if (left >= kLanes<T>) {
+    if (room - i >= kN) {
       store_vector(to + i, v);
     } else {
-      store_first(to + i, v, left);
+      store_first(to + i, v, min_of(left, kN));
     }
   }
 }
 
-// to[i] = from[i * stride]
+// The same for any stride.
 template <class T, class S>
-inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
+inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count, int64_t room) {
   switch (stride) {
     case 1:
-      return copy_every<1>(to, from, count);
+      return copy_every<1>(to, from, count, room);
     case 2:
-      return copy_every<2>(to, from, count);
+      return copy_every<2>(to, from, count, room);
     case 4:
-      return copy_every<4>(to, from, count);
+      return copy_every<4>(to, from, count, room);
     case 8:
-      return copy_every<8>(to, from, count);
+      return copy_every<8>(to, from, count, room);
   }
   for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i * stride]);
+}
+template <class T, class S>
+inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
+  copy_strided(to, from, stride, count, count);
+}
+
+// v[r] becomes every Stride-th element, from the r-th on, of what v[0], v[1], ... held in a row.
+template <class T, int Stride>
+inline void split_residues(Vector<T>* v) {
+  if constexpr (Stride > 1) {
+    constexpr int kHalf = Stride / 2;
+    Vector<T> even[kHalf], odd[kHalf];
+    for (int i = 0; i < kHalf; ++i) {
+      even[i] = even_lanes<T>(v[2 * i], v[2 * i + 1]);
+      odd[i] = odd_lanes<T>(v[2 * i], v[2 * i + 1]);
+    }
+    split_residues<T, kHalf>(even);
+    split_residues<T, kHalf>(odd);
+    for (int i = 0; i < kHalf; ++i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
+// to[r * pitch + i] = from[i * Stride + r] for all r < Stride and i < count, in whole vectors; zero
+// where only `left` elements are there.
+template <int Stride, class T, class S>
+inline void deinterleave_by(T* to, int64_t pitch, const S* from, int64_t count, int64_t left) {
+  constexpr int kN = kLanes<T>;
+  for (int64_t i = 0; i < count; i += kN) {
+    Vector<T> v[Stride];
+    for (int r = 0; r < Stride; ++r) {
+      const int64_t at = i * Stride + r * kN;
+      v[r] = left - at >= kN ? load_as<T>(from + at)
+             : left > at     ? load_first<T>(from + at, left - at)
+                             : Vector<T>{};
+    }
+    split_residues<T, Stride>(v);
+    for (int r = 0; r < Stride; ++r) store_vector(to + r * pitch + i, v[r]);
+  }
 }
 
 // Interleaves blocks of `Block` lanes of a and b: the low halves' if First is 0, the high halves'
@@ -189,21 +285,27 @@ inline void transpose_square(const S* from, int64_t from_stride, T* to, int64_t 
   for (int i = 0; i < kN; ++i) store_vector(to + i * to_stride, rows[i]);
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-template <class I>
-inline I min_of(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-inline I max_of(I a, I b) {
-  return a > b ? a : b;
-}
-template <class I>
-inline I round_up(I value, I multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+// deinterleave_by for any stride; `to` has room for whole vectors.
+template <class T, class S>
+inline void deinterleave(T* to, int64_t pitch, const S* from, int64_t stride, int64_t count,
+                         int64_t left) {
+  switch (stride) {
+    case 2:
+      return deinterleave_by<2>(to, pitch, from, count, left);
+    case 4:
+      return deinterleave_by<4>(to, pitch, from, count, left);
+    case 8:
+      return deinterleave_by<8>(to, pitch, from, count, left);
+  }
+  // Multiples of a vector: squares of positions and residues, transposed.
+  constexpr int64_t kN = kLanes<T>;
+  int64_t i = 0;
+  for (; stride % kN == 0 && i + kN <= count && (i + kN) * stride <= left; i += kN)
+    for (int64_t r = 0; r < stride; r += kN)
+      transpose_square(from + i * stride + r, stride, to + r * pitch + i, pitch);
+  for (; i < count; ++i)
+    for (int64_t r = 0; r < stride; ++r)
+      to[r * pitch + i] = i * stride + r < left ? convert<T>(from[i * stride + r]) : T(0);
 }
 
 }  // namespace DECONV_ISA

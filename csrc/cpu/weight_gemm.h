@@ -316,7 +316,7 @@ struct WeightGemm {
           if (!inside || ow < 0 || ow >= p.w.out) {
             for (int64_t co = 0; co < count; ++co) cell[co * patch] = 0;
           } else if (patch == 1) {
-            copy_every<1>(cell, dy + ow * stride_w, count);
+            copy_strided(cell, dy + ow * stride_w, 1, count);
           } else {
             for (int64_t co = 0; co < count; ++co)
               cell[co * patch] = convert<T>(dy[ow * stride_w + co * stride_co]);

@@ -4,6 +4,7 @@
 #include "../reference/elements.h"
 #include "generic.h"
 #include "launch.h"
+#include "memory.cuh"
 
 namespace deconv {
 namespace cuda {
@@ -43,7 +44,7 @@ __global__ void generic_kernel(Elements e) {
 // One block a channel; threads sum their share, then halve in a fixed order.
 template <class Sum, class T>
 __global__ void generic_grad_bias_kernel(GradBiasParams p) {
-  __shared__ Sum partial[kThreads];
+  Sum* partial = shared_memory<Sum>();  // [kThreads]
   const int64_t channel = blockIdx.x, plane = p.out_h * p.out_w, count = p.batch * plane;
   Sum sum = 0;
   for (int64_t index = threadIdx.x; index < count; index += kThreads)
@@ -76,8 +77,8 @@ void run_typed(Op op, const Elements& e, void* stream) {
 
 template <class Sum, class T>
 void grad_bias_typed(const GradBiasParams& p, void* stream) {
-  launch(generic_grad_bias_kernel<Sum, T>, dim3(static_cast<unsigned>(p.c_out)), dim3(kThreads), 0,
-         stream, p, "grad_bias_generic");
+  launch(generic_grad_bias_kernel<Sum, T>, dim3(static_cast<unsigned>(p.c_out)), dim3(kThreads),
+         kThreads * sizeof(Sum), stream, p, "grad_bias_generic");
 }
 
 }  // namespace

@@ -1,0 +1,99 @@
+"""summary.md and roofline.png: what a reader looks at first, made from the stages' files."""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+from deconv_ext import bench_table
+from deconv_ext.bench_table import Row
+
+FILES = ("1-environment", "2-build", "3-correctness", "4-sanitizer", "5-timings", "6-tuning")
+
+
+def read(out: Path, name: str) -> dict[str, Any] | None:
+    path = out / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def summary(out: Path) -> str:
+    """Markdown: the machine, how far each stage came, what failed, and the timings by class."""
+    lines: list[str] = ["# GPU campaign", ""]
+    contents = {name: read(out, name) for name in FILES}
+    first = next((content for content in contents.values() if content), None)
+    if first:
+        facts = first["facts"]
+        names = ("device", "capability", "commit", "date", "torch", "cuda", "cudnn", "nvcc", "dry")
+        lines += [f"* {name}: {facts[name]}" for name in names if facts.get(name) is not None]
+        gpu = facts.get("gpu") or {}
+        lines += [f"* driver: {gpu['driver_version']}"] if "driver_version" in gpu else []
+        lines += [f"* {bench_table.machine_line(facts)}"] if "machine" in facts else []
+    for name, content in contents.items():
+        lines += ["", f"## {name}", ""]
+        if content is None:
+            lines.append("not run")
+            continue
+        states = collections.Counter(status.split(":")[0] for status in content["jobs"].values())
+        lines.append(", ".join(f"{count} {state}" for state, count in states.items()) or "nothing")
+        bad = [(job, status) for job, status in content["jobs"].items() if status != "done"]
+        lines += ["", *(f"* **{job}**: {status}" for job, status in bad[:40])] if bad else []
+        lines += FINDINGS[name](content) if name in FINDINGS else []
+    return "\n".join(lines) + "\n"
+
+
+def _build(content: dict[str, Any]) -> list[str]:
+    return [
+        "",
+        *(f"* {row['seconds']:.0f} s, exit code {row['returncode']}" for row in content["rows"]),
+    ]
+
+
+def _correctness(content: dict[str, Any]) -> list[str]:
+    lines = [""]
+    checks = [row for row in content["rows"] if "check" in row]
+    for row in checks:
+        if row["ok"] is False or "why" in row:
+            told = {key: value for key, value in row.items() if key not in ("check", "tail")}
+            lines.append(f"* {row['check']}: {told}")
+    results = [row["ok"] for row in checks if row["ok"] is not None]
+    matrix = [row for row in content["rows"] if "algo" in row]
+    taken = sum(row["taken"] for row in matrix)
+    wrong = sum(len(row["wrong"]) for row in matrix)
+    lines.append(f"* {sum(results)} of {len(results)} checks passed")
+    return [*lines, f"* matrix of algorithms: {taken} problems taken, {wrong} wrong"]
+
+
+def _sanitizer(content: dict[str, Any]) -> list[str]:
+    rows = content["rows"]
+    return ["", *(f"* {row['tool']}: {row.get('why') or row['summary']}" for row in rows)]
+
+
+def _timings(content: dict[str, Any]) -> list[str]:
+    rows = [Row(**row) for row in content["rows"]]
+    return ["```", bench_table.summary(rows).strip(), "```"] if rows else []
+
+
+FINDINGS = {
+    "2-build": _build,
+    "3-correctness": _correctness,
+    "4-sanitizer": _sanitizer,
+    "5-timings": _timings,
+}
+
+
+def write(out: Path) -> None:
+    """Both files, from what there is."""
+    (out / "summary.md").write_text(summary(out))
+    content = read(out, "5-timings")
+    if not content or not content["rows"]:
+        return
+    try:
+        import matplotlib  # noqa: F401
+
+        from deconv_ext.bench_plot import plot
+    except ModuleNotFoundError:
+        print("no roofline.png: matplotlib is not installed", flush=True)
+        return
+    plot(out / "roofline.png", content["facts"], [Row(**row) for row in content["rows"]])

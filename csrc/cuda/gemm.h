@@ -1,0 +1,24 @@
+// "gemm": forward, grad_input and grad_weight as matrix products, on tensor cores where the type
+// has them. Configurations are the names of the tiles in configs.h.
+#pragma once
+
+#include "algorithms.h"
+#include "gemm_plan.h"
+
+namespace deconv {
+namespace cuda {
+
+const char* gemm_declines(Op op, const Params& params, const std::string& config);
+std::string run_gemm(Op op, const Params& params, const std::string& config,
+                     const Context& context);
+
+// The kernels of one type, a source file each.
+struct GemmKernels {
+  void (*gather)(const GatherPlan&, void* stream);
+  void (*pack)(const GatherPlan&, void* stream);
+  void (*weight)(const WeightPlan&, void* stream);
+};
+extern const GemmKernels kGemmFloat16, kGemmBFloat16, kGemmTf32, kGemmFloat32, kGemmFloat64;
+
+}  // namespace cuda
+}  // namespace deconv

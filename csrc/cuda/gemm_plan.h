@@ -1,0 +1,131 @@
+// forward and grad_input as one matrix product over a gather, and grad_weight as another: the
+// tables that their kernels are given, and the choice of tiles. Plain C++, no CUDA, so that the CPU
+// tests it.
+//
+//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of
+//                           phase r of source[n, c, j * source_step + offset] * weight[c, row, k]
+//
+//                   source   target   channels         rows
+//     forward       x        y        c_in / groups    c_out / groups
+//     grad_input    dy       dx       c_out / groups   c_in / groups
+//
+// What a block reads of the source lies in shared memory as [channels / v][pixel][v], v * sizeof =
+// 16 bytes. Source columns are split into *planes*: one for each remainder modulo source_step, in
+// which neighbouring positions j are neighbours. So the operand of a tap is the same list of pixels
+// for every tap, displaced by one number.
+//
+// Taps of an axis are cut into *groups* that share a staged tile: at most kMaxPlanes planes, each
+// spanning at most kMaxSpan positions. Order of summation: group, chunk of channels, row of the
+// kernel, column of the kernel, channel. It depends on the geometry of one image and on whether
+// phases share a thread, never on the batch or the tile.
+#pragma once
+
+#include <string>
+
+#include "../params.h"
+#include "configs.h"
+
+namespace deconv {
+namespace cuda {
+
+constexpr int kMaxTaps = 32;  // of an axis: kernel and stride; more is left to other algorithms
+constexpr int kMaxPlanes = 2;
+constexpr int kMaxSpan = 8;
+constexpr int kMaxPhases = 4;
+
+struct TapGroup {
+  int32_t base[kMaxPlanes];  // source offset where each plane begins
+  int16_t planes;
+  int16_t tap[kMaxPhases + 1];  // taps of the q-th phase of the set: [tap[q], tap[q + 1])
+};
+
+// One axis. Phases stand in ascending order in *sets* that a block computes together.
+struct AxisTable {
+  int32_t source, target, source_step, target_step, positions;
+  int32_t sets, taps;
+  int32_t planes, span;         // the most of any group: extents of the staged tile
+  int16_t phase[kMaxTaps + 1];  // phases of set s: [phase[s], phase[s + 1])
+  int16_t group[kMaxTaps + 1];  // groups of set s: [group[s], group[s + 1])
+  TapGroup groups[kMaxTaps];
+  int16_t k[kMaxTaps], plane[kMaxTaps], step[kMaxTaps];  // of a tap: kernel index, place in a plane
+};
+
+AxisTable make_axis_table(const AxisTaps& taps, int phases, int max_group_taps);
+
+// The pixels that a block stages, n x (planes x extent)_h x (planes x extent)_w, and how.
+struct StagedTile {
+  int32_t planes_h, extent_h, planes_w, extent_w, images;
+  int32_t pixels, pitch;  // `pitch`: vectors from one vector of channels to the next
+};
+
+// A strided operand as the loader sees it; strides in elements.
+struct Operand {
+  void* data;
+  int64_t stride[4];
+  int32_t batch, h, w, channels;  // channels of one group
+  bool vectors;                   // channels contiguous and aligned: 16-byte copies
+  bool channel_fastest;
+};
+
+// Positions j of all images in tiles of (1 << log_n) x (1 << log_h) x (1 << log_w).
+struct PixelTiling {
+  int32_t log_n, log_h, log_w, tiles_n, tiles_h, tiles_w;
+  int64_t tiles() const { return static_cast<int64_t>(tiles_n) * tiles_h * tiles_w; }
+};
+
+struct GatherPlan {
+  Params params;  // for elements that came out as NaN
+  Op op;
+  Operand source, target;
+  const void* bias;
+  int64_t bias_stride;
+  void* packed;  // weights [group][tap h][tap w][channels / v][rows_padded][v]
+  int64_t w_group, w_channel, w_row, w_h, w_w;  // strides of the weight
+  int32_t groups, rows, rows_padded, row_tiles;
+  int32_t vectors, log_chunk, chunks;  // vectors of channels; of them 1 << log_chunk are a chunk
+  int32_t step_vectors, source_buffers;
+  PixelTiling tiling;
+  StagedTile staged;
+  AxisTable h, w;
+  int tile;
+  int64_t blocks, shared_bytes;
+  int64_t packed_vectors() const {
+    return static_cast<int64_t>(groups) * h.taps * w.taps * vectors * rows_padded;
+  }
+};
+
+struct WeightPlan {
+  Params params;
+  Operand x, dy;
+  void* partial;  // [split][group][tap h][tap w][c_in_padded][c_out_padded] sums
+  int32_t groups, c_in, c_out, c_in_padded, c_out_padded, c_in_tiles, c_out_tiles;
+  int32_t set_taps, tap_sets, groups_h, groups_w;
+  int32_t splits, x_pitch;
+  PixelTiling tiling;
+  StagedTile staged;
+  AxisTable h, w;
+  int tile;
+  int64_t blocks, shared_bytes;
+  int64_t partial_elements() const {
+    return static_cast<int64_t>(groups) * h.taps * w.taps * c_in_padded * c_out_padded;
+  }
+};
+
+// What the choice may depend on, besides the problem.
+struct Device {
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may have
+};
+
+// The condition that fails, or null.
+const char* decline_gemm(Op op, const Params& params);
+
+// The plan with the tile `name`, or with the best one if it is empty. Throws std::invalid_argument
+// if there is no such tile, or it cannot take the problem.
+GatherPlan plan_gather(Op op, const Params& params, Product product, const std::string& name,
+                       const Device& device);
+WeightPlan plan_weight(const Params& params, Product product, const std::string& name,
+                       const Device& device);
+
+}  // namespace cuda
+}  // namespace deconv

@@ -1,0 +1,28 @@
+"""Two processes of torchrun, gloo: gradients and values are those of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deconv_ext.build import extension
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("check", ["ddp", "fsdp", "dtensor", "checkpoint"])
+def test_two_processes(check, tmp_path):
+    extension()  # built before, not by both at once
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(tmp_path)] if check == "checkpoint" else []
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(TESTS / "distributed_worker.py"), check, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
