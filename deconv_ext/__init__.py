@@ -5,7 +5,7 @@ Importing the package neither compiles nor loads the binary module; the first ca
 
 from __future__ import annotations
 
-from . import functional, tf
+from . import checkerboard, functional, init, tf
 from .build import build_info
 from .conv1d import conv_transpose1d
 from .convert import ConversionReport, convert, revert
@@ -27,10 +27,12 @@ __all__ = [
     "LazyConvTranspose2d",
     "__version__",
     "build_info",
+    "checkerboard",
     "conv_transpose1d",
     "convert",
     "functional",
     "fuse",
+    "init",
     "revert",
     "tf",
 ]

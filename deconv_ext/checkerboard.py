@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .convert import _run
+from . import functional, report
 from .phases import layers, sides, split, split_layer, top_left
 from .remedies import Widening, normalize_overlap, suggest, to_subpixel, widen
 
@@ -182,13 +181,16 @@ class Diagnosis:
                     layer.verdict,
                 )
             )
-        lines = table(rows)
-        lines.append("overlap: standard deviation / mean of the taps that meet, over the phases")
-        lines.append("DC, output: share of the energy at the multiples of 1/stride")
-        for layer in self.layers:
-            if layer.remedy:
-                lines.append(f"{layer.name or '(the model)'}: {layer.remedy}")
-        return "\n".join(lines)
+        return report.table(
+            rows,
+            "overlap: standard deviation / mean of the taps that meet, over the phases",
+            "DC, output: share of the energy at the multiples of 1/stride",
+            *(
+                f"{layer.name or '(the model)'}: {layer.remedy}"
+                for layer in self.layers
+                if layer.remedy
+            ),
+        )
 
 
 def diagnose(model: nn.Module, sample: Any = None) -> Diagnosis:
@@ -208,7 +210,7 @@ def diagnose(model: nn.Module, sample: Any = None) -> Diagnosis:
     if sample is not None:
         handles = [layer.register_forward_hook(_keep(outputs, name)) for name, layer in found]
         try:
-            _run(model, sample)
+            report.run(model, sample)
         finally:
             for handle in handles:
                 handle.remove()
@@ -294,7 +296,7 @@ class LowRankReport:
         rows = [("layer", "phases", "effective rank", "energy of the first")]
         for name, phases, rank, share in self.layers:
             rows.append((name or "(the model)", str(phases), f"{rank:.2f}", f"{share:.1%}"))
-        return "\n".join(table(rows))
+        return report.table(rows)
 
 
 def low_rank_report(model: nn.Module) -> LowRankReport:
@@ -321,11 +323,3 @@ def low_rank_report(model: nn.Module) -> LowRankReport:
         rank = float(torch.special.entr(p).sum().exp())
         rows.append((name, matrix.shape[0], rank, float(values[0] ** 2 / values.square().sum())))
     return LowRankReport(rows)
-
-
-def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines with aligned columns and a rule under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines

@@ -87,7 +87,11 @@ def top_left(layer: nn.ConvTranspose2d) -> tuple[int, int]:
 def sides(layer: nn.ConvTranspose2d) -> tuple[functional.Sides, functional.Pair]:
     """(top, bottom, left, right) padding and the output_padding of a layer."""
     return functional.resolve_padding(
-        layer.padding, layer.weight.shape, layer.stride, layer.output_padding, layer.dilation
+        layer.padding,
+        layer.weight.shape,
+        functional.pair("stride", layer.stride),
+        functional.pair("output_padding", layer.output_padding),
+        functional.pair("dilation", layer.dilation),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the reports of `convert` and `fuse` share: a sample run, differences, a table."""
+"""What reports on models share: a sample run, differences, a table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-def table(rows: Sequence[Sequence[str]], summary: str) -> str:
-    """The rows in columns, the first one underlined, and a last line."""
+def table(rows: Sequence[Sequence[str]], *notes: str) -> str:
+    """The rows in columns, the first one underlined, and lines below."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, summary])
+    return "\n".join([*lines, *notes])
 
 
 def number(value: float | None) -> str:

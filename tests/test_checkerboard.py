@@ -272,7 +272,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zoo_of_one.py").write_text(
         "from torch import nn\n"
-        "def net(): return nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 1, 4, 4))\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 1, 4, 4))\n"
         "def nothing(): return None\n"
     )
     command = ["diagnose", "zoo_of_one:net", "--sample", "1,3,16,16", "--figure", "out/figure.png"]
