@@ -71,6 +71,8 @@ def draw(report: Diagnosis, path: Path) -> None:
         picture = axes[0].imshow(layer.impulse.cpu(), cmap="viridis", vmin=0)
         axes[0].set_title(f"{title}: impulse response,\nrms over channels", fontsize=10)
         axes[0].set(xlabel="kernel column", ylabel="kernel row")
+        axes[0].set_xticks(range(layer.impulse.shape[1]))
+        axes[0].set_yticks(range(layer.impulse.shape[0]))
         figure.colorbar(picture, ax=axes[0])
         picture = axes[1].imshow(layer.gains.cpu(), cmap="coolwarm", vmin=0, vmax=2)
         axes[1].set_title(f"gain by phase (mean = 1),\nDC share {layer.dc_share:.1%}", fontsize=10)

@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from deconv_ext.testing import EDGE, TINY, Case, Operands, random_case
+from deconv_ext.testing import EDGE, TINY, Case, Operands, make_case, random_case
 from support import (
     DTYPES,
     C,
@@ -64,6 +64,28 @@ def test_exact_by_default(op: str, dtype: torch.dtype) -> None:
         mixed = [cast(operands, dtype, layout) for layout in (x, w, dy)]
         t = mixed[0]._replace(w=mixed[1].w, dy=mixed[2].dy)
         assert_equal(run(op, case, t), results[op].to(dtype), (case, x, w, dy))
+
+
+WIDE = [
+    make_case("halves", (1, 9, 2, 4500), 2, 4, 2, 1),
+    make_case("thirds", (1, 2, 2, 3100), 9, 5, 3, 2, 1),
+    make_case("eighths", (2, 2, 1, 1200), 3, 16, 8, 4),
+    make_case("sixteenths", (1, 2, 1, 700), 3, 33, 16, 0),
+    make_case("depthwise", (1, 3, 2, 4500), 3, 4, 2, 1, groups=3),
+    make_case("spread", (1, 2, 1, 5000), 2, (1, 3), 1, (0, 70), dilation=(1, 150)),
+]
+
+
+@implementations()
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_rows_longer_than_any_piece(op: str, algo: str, isa: str, case: Case) -> None:
+    """Rows are handled in pieces of a few thousand pixels, with taps that reach over their ends."""
+    operands, results = exact(case, False)
+    with use_isa(isa):
+        for layout in ("contiguous", "channels_last"):
+            got = run_if_accepted(op, case, cast(operands, torch.float32, layout), algo)
+            if got is not None:
+                assert_equal(got, results[op].to(torch.float32), (case, layout))
 
 
 @each_dtype()

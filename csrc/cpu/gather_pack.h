@@ -331,14 +331,15 @@ struct GatherPack {
   void pack_plane_piece(const S* row, int64_t jw, int64_t count, int64_t at,
                         const int64_t* offsets_w, int64_t taps, int64_t channels, int64_t offsets,
                         T* panel) const {
-    T planes[kPlaneElements];
+    T planes[kPlaneElements + kLanes<T>];  // the last vector of a plane may reach beyond it
     const int64_t step = plan.w.source_step, width = plan.pixel_width;
     const int64_t pitch = kPlaneElements / step / kLanes<T> * kLanes<T>;
     const int64_t base = floor_divide(offsets_w[0], step);
     const int64_t positions = count + floor_divide(offsets_w[taps - 1], step) - base;
     const int64_t first = (jw + base) * step;  // column of the first element of plane 0
     const int64_t head = first < 0 ? min_of(positions, (-first + step - 1) / step) : 0;
-    // Whole vectors may lie before the column where the row begins only in `head`.
+    // `head` positions lie before the row. They come last, for the vectors of a plane may end in
+    // the head of the next one.
     deinterleave(planes + head, pitch, row + first + head * step, step, positions - head,
                  plan.w.source - first - head * step);
     for (int64_t i = 0; i < head; ++i)

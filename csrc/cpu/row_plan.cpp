@@ -20,18 +20,17 @@ void plan_columns(RowPlan& plan, std::vector<PhaseTap> taps) {
     wanted.push_back({tap.offset - base * step, base});
   }
   std::vector<RowPlan::Copy> sorted = wanted;
-  std::sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) {
+  const auto before = [](const RowPlan::Copy& a, const RowPlan::Copy& b) {
     return a.residue != b.residue ? a.residue < b.residue : a.base < b.base;
-  });
+  };
+  std::sort(sorted.begin(), sorted.end(), before);
   for (const RowPlan::Copy& c : sorted)
     if (plan.copies.empty() || plan.copies.back().residue != c.residue ||
         c.base - plan.copies.back().base > kMostShift)
       plan.copies.push_back(c);
   for (size_t i = 0; i < taps.size(); ++i) {
-    int64_t copy = 0;
-    for (size_t at = 0; at < plan.copies.size(); ++at)
-      if (plan.copies[at].residue == wanted[i].residue && plan.copies[at].base <= wanted[i].base)
-        copy = static_cast<int64_t>(at);
+    const auto next = std::upper_bound(plan.copies.begin(), plan.copies.end(), wanted[i], before);
+    const int64_t copy = next - plan.copies.begin() - 1;
     if (plan.phases.empty() || plan.phases.back().phase != taps[i].phase)
       plan.phases.push_back({taps[i].phase, static_cast<int64_t>(i), 0});
     ++plan.phases.back().taps;
