@@ -62,9 +62,11 @@ def build(sources: Sequence[Path] | None = None, sanitize: bool = False) -> Path
             checked = SANITIZED if sanitize else ()
         flags = [*FLAGS, *checked, f"-I{HERE}", "-x", "c++"]
         listing = toolchain.output(*command.split(), *flags, "-MM", str(source))
-        parts = re.sub(r"\\\n", " ", listing).split()[1:]
+        # A rule of make: target: names, where a backslash escapes a space or the end of a line.
+        parts = re.findall(r"(?:\\.|[^\s\\])+", listing.replace("\\\n", " "))[1:]
+        names = {re.sub(r"\\(.)", r"\1", part) for part in parts}
         digest = hashlib.sha256(f"{version} {flags} {source}".encode())
-        for name in sorted(set(parts)):
+        for name in sorted(names):
             digest.update(Path(name).read_bytes())
         target = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():

@@ -41,10 +41,10 @@ struct TileShape {
   int rows, lanes;  // broadcast side, vector side
 };
 
-// A model of one step of a register tile: two multiply-adds and two loads a cycle, and a little for
-// every vector of the panel, which comes from L2.
+// A model of one step of a register tile: two multiply-adds and two loads a cycle, a little for
+// every vector of the panel, which comes from L2, and for the loop itself.
 inline double cycles_per_step(int rows, int vectors) {
-  return std::max(rows * vectors, rows + vectors) / 2.0 + vectors / 4.0;
+  return std::max(rows * vectors, rows + vectors) / 2.0 + vectors / 4.0 + 0.5;
 }
 
 struct GatherPlan {

@@ -141,8 +141,27 @@ inline void store_first(T* p, Vector<T> v, int64_t count) {
     return _mm512_mask_storeu_epi32(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
   if constexpr (sizeof(T) == 8)
     return _mm512_mask_storeu_epi64(p, (1u << count) - 1, reinterpret_cast<__m512i>(v));
-#endif
+#elif DECONV_VECTOR_BYTES == 32
+  // Halves of halves: masked stores are slow on some processors.
+  if (count == kLanes<T>) return store_vector(p, v);
+  const __m256i whole = reinterpret_cast<__m256i>(v);
+  __m128i half = _mm256_castsi256_si128(whole);
+  const int64_t words = count * static_cast<int64_t>(sizeof(T) / 4);
+  char* to = reinterpret_cast<char*>(p);
+  if (words & 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+    half = _mm256_extracti128_si256(whole, 1);
+    to += 16;
+  }
+  if (words & 2) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), half);
+    half = _mm_unpackhi_epi64(half, half);
+    to += 8;
+  }
+  if (words & 1) _mm_storeu_si32(to, half);
+#else
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
 }
 
 // Every Stride-th of the elements from p on, Stride a power of two; all kLanes * Stride of them are
