@@ -38,6 +38,7 @@ struct Context {
 
 void run(Op op, const Params& params, const std::string& algorithm, const Context& context);
 void grad_bias(const GradBiasParams& params, const Context& context);
+// Every name that may be forced, the configurations of an algorithm as "name:configuration".
 std::vector<std::string> algorithms(Op op);
 }  // namespace cuda
 

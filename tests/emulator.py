@@ -32,7 +32,6 @@ MACHINE = ("threads.cpp", "checks.cpp", "instructions.cpp", "counters.cpp", "api
 KERNELS = (
     *sorted((CSRC / "cuda").glob("*.cu")),
     *sorted((CSRC / "cuda").glob("*.cpp")),
-    HERE / "configurations.cpp",
 )
 
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
@@ -162,16 +161,8 @@ class Emulator:
         self._library.emulation_seed(ctypes.c_uint64(value))
 
     def algorithms(self, op: str) -> list[str]:
-        """What may be forced, best first."""
+        """What may be forced, best first: names, and "name:configuration"."""
         return self._library.emulation_algorithms(OPERATIONS.index(op)).decode().split()
-
-    def configurations(self, op: str) -> list[str]:
-        """The algorithms, and what may be forced of them, as "algorithm:configuration"."""
-        configurations = self._library.emulation_configurations
-        configurations.restype = ctypes.c_char_p
-        algorithms = self.algorithms(op)
-        names = configurations(OPERATIONS.index(op)).decode().split()
-        return algorithms + [name for name in names if name.partition(":")[0] in algorithms]
 
     def set_device(self, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
         """The device that configurations are chosen for."""
@@ -304,7 +295,7 @@ def check(machine: Emulator, prefix: str = "", cases: Sequence[Case] = EDGE) -> 
     for op, case, dtype in itertools.product(OPERATIONS, cases, (torch.float32, torch.bfloat16)):
         t = case.operands(1, dtype, exact=True)
         want = define(op, case, t).to(dtype)
-        for algo in machine.configurations(op):
+        for algo in machine.algorithms(op):
             if not algo.startswith(prefix):
                 continue
             try:

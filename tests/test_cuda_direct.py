@@ -41,7 +41,7 @@ def test_exact(op: str, case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for layout in ("contiguous", "channels_last"):
             t = cast(operands, dtype, layout)
-            for algo in [a for a in MACHINE.configurations(op) if a.startswith("direct")]:
+            for algo in [a for a in MACHINE.algorithms(op) if a.startswith("direct")]:
                 try:
                     got = MACHINE.run(op, case, t, algo)
                 except ValueError as declined:

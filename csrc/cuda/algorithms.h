@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "../deconv.h"
 
@@ -15,6 +16,7 @@ struct Algorithm {
   bool (*preferred)(Op, const Params&);  // whether "auto" stops here
   // Enqueues the kernels; returns the configuration in words, for DECONV_EXT_LOG=config.
   std::string (*run)(Op, const Params&, const std::string& config, const Context&);
+  std::vector<std::string> (*configs)(Op);  // that may be forced
 };
 
 }  // namespace cuda

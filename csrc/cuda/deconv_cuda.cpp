@@ -39,6 +39,8 @@ const char* generic_declines(Op, const Params&, const std::string& config) {
   return config.empty() ? nullptr : "it has no configurations";
 }
 
+std::vector<std::string> generic_configs(Op) { return {}; }
+
 bool never(Op, const Params&) { return false; }
 
 bool always(Op, const Params&) { return true; }
@@ -51,9 +53,9 @@ std::string run_generic(Op op, const Params& p, const std::string&, const Contex
 // Best first. "auto" takes the first that accepts the problem and is preferred for it, else the
 // first that accepts it.
 const Algorithm kAlgorithms[] = {
-    {"direct", direct_declines, prefer_direct, run_direct},
-    {"gemm", gemm_declines, always, run_gemm},
-    {"generic", generic_declines, never, run_generic},
+    {"direct", direct_declines, prefer_direct, run_direct, direct_configs},
+    {"gemm", gemm_declines, always, run_gemm, gemm_configs},
+    {"generic", generic_declines, never, run_generic, generic_configs},
 };
 
 const Algorithm& find(Op op, const Params& params, const std::string& name,
@@ -107,9 +109,13 @@ void grad_bias(const GradBiasParams& params, const Context& context) {
   reduce_grad_bias(params, context);
 }
 
-std::vector<std::string> algorithms(Op) {
+std::vector<std::string> algorithms(Op op) {
   std::vector<std::string> names;
-  for (const Algorithm& algorithm : kAlgorithms) names.emplace_back(algorithm.name);
+  for (const Algorithm& algorithm : kAlgorithms) {
+    names.emplace_back(algorithm.name);
+    for (const std::string& config : algorithm.configs(op))
+      names.push_back(std::string(algorithm.name) + ":" + config);
+  }
   return names;
 }
 

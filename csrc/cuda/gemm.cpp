@@ -36,6 +36,16 @@ const GemmKernels& kernels_of(Dtype dtype, Product product) {
 
 }  // namespace
 
+std::vector<std::string> gemm_configs(Op op) {
+  std::vector<std::string> names;
+  if (op == Op::kGradWeight) {
+    for (const auto& tile : kWeightTiles) names.emplace_back(tile.name);
+  } else {
+    for (const auto& tile : kGatherTiles) names.emplace_back(tile.name);
+  }
+  return names;
+}
+
 const char* gemm_declines(Op op, const Params& params, const std::string& config) {
   if (const char* declined = decline_gemm(op, params)) return declined;
   const Device device = current_device();

@@ -2,12 +2,16 @@
 // has them. Configurations are the names of the tiles in configs.h.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "algorithms.h"
 #include "gemm_plan.h"
 
 namespace deconv {
 namespace cuda {
 
+std::vector<std::string> gemm_configs(Op op);
 const char* gemm_declines(Op op, const Params& params, const std::string& config);
 std::string run_gemm(Op op, const Params& params, const std::string& config,
                      const Context& context);
