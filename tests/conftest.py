@@ -20,3 +20,10 @@ def restored_threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture(autouse=True)
+def settable_flags(monkeypatch: pytest.MonkeyPatch):
+    """Importing torch.testing._internal forbids setting torch.backends.* for the whole process; no
+    test may depend on whether another one has done so."""
+    monkeypatch.setitem(vars(torch.backends), "__allow_nonbracketed_mutation_flag", True)
