@@ -142,9 +142,9 @@ def test_the_error_is_seen() -> None:
     case = LONG[0]
     t, want, torchs = problem("forward", case, torch.bfloat16, 1)
     rounded = torch.zeros(case.y_shape, dtype=torch.bfloat16)
-    for channel in range(32):
+    for channel in range(300):
         part = t._replace(x=torch.zeros_like(t.x), bias=torch.zeros_like(t.bias))
-        part.x[:, channel::32] = t.x[:, channel::32]
+        part.x[:, channel::300] = t.x[:, channel::300]
         rounded += run_torch("forward", case, part)
     with pytest.raises(AssertionError):
         check(case, rounded + t.bias.view(-1, 1, 1), want, torchs)
