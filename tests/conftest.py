@@ -22,8 +22,8 @@ def restored_threads():
     torch.set_num_threads(count)
 
 
-@pytest.fixture(autouse=True)
-def settable_flags(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True, scope="session")
+def settable_flags():
     """Importing torch.testing._internal forbids setting torch.backends.* for the whole process; no
-    test may depend on whether another one has done so."""
-    monkeypatch.setitem(vars(torch.backends), "__allow_nonbracketed_mutation_flag", True)
+    test may depend on whether another one has imported it."""
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
