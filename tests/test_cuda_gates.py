@@ -172,7 +172,7 @@ def test_tensor_cores(source: str, arch: str) -> None:
     assert holding(products, PRODUCTS[source]) == names
     assert holding(products, r"LDGSTS\S*\.128") == names
     for k in products:  # a step of the main loop; scalar products only mend what came out as NaN
-        assert sum(bool(re.match(PRODUCTS[source], i)) for i in k.instructions) >= 16, words(k.name)
+        assert sum(bool(re.match(PRODUCTS[source], i)) for i in k.instructions) >= 8, words(k.name)
     if source in ("gemm_float16", "gemm_bfloat16"):
         assert holding(products, r"LDSM\.16\.M(T?)88") == names
 
