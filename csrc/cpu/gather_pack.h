@@ -302,11 +302,10 @@ struct GatherPack {
   }
   // Positions split at a time.
   int64_t plane_pixels() const {
-    const int64_t shifts = floor_divide(plan.offsets_w.back(), plan.w.source_step) -
-                           floor_divide(plan.offsets_w.front(), plan.w.source_step);
+    const int64_t shifts = floor_div(plan.offsets_w.back(), plan.w.source_step) -
+                           floor_div(plan.offsets_w.front(), plan.w.source_step);
     return kPlaneElements / plan.w.source_step / kLanes<T> * kLanes<T> - shifts;
   }
-  static int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
   // `panel` is that of all tiles of the block, `joined` their runs.
   DECONV_PHASE void pack_planes(const S* source, const PixelRun* joined, int64_t run_count,
@@ -334,8 +333,8 @@ struct GatherPack {
     T planes[kPlaneElements + kLanes<T>];  // the last vector of a plane may reach beyond it
     const int64_t step = plan.w.source_step, width = plan.pixel_width;
     const int64_t pitch = kPlaneElements / step / kLanes<T> * kLanes<T>;
-    const int64_t base = floor_divide(offsets_w[0], step);
-    const int64_t positions = count + floor_divide(offsets_w[taps - 1], step) - base;
+    const int64_t base = floor_div(offsets_w[0], step);
+    const int64_t positions = count + floor_div(offsets_w[taps - 1], step) - base;
     const int64_t first = (jw + base) * step;  // column of the first element of plane 0
     const int64_t head = first < 0 ? min_of(positions, (-first + step - 1) / step) : 0;
     // `head` positions lie before the row. They come last, for the vectors of a plane may end in
@@ -349,7 +348,7 @@ struct GatherPack {
       }
     const int64_t first_tile = at / width, first_lane = at % width;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t shift = floor_divide(offsets_w[tap], step);
+      const int64_t shift = floor_div(offsets_w[tap], step);
       const T* from = planes + (offsets_w[tap] - shift * step) * pitch + shift - base;
       T* tile = panel + (first_tile * offsets + tap) * channels * width;
       int64_t lane = first_lane;
