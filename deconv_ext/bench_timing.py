@@ -84,10 +84,14 @@ class GatedTimer(Timer):
             self.calibrate()
 
     def calibrate(self) -> float:
-        """Seconds of the matrix product."""
-        start = time.perf_counter()
+        """Seconds of the matrix product, the faster of two once its operands are in the cache: what
+        was timed before it has displaced them."""
         torch.mm(self._left, self._right, out=self._product)
-        seconds = time.perf_counter() - start
+        seconds = math.inf
+        for _ in range(2):
+            start = time.perf_counter()
+            torch.mm(self._left, self._right, out=self._product)
+            seconds = min(seconds, time.perf_counter() - start)
         self.fastest = min(self.fastest, seconds)
         return seconds
 
