@@ -117,7 +117,7 @@ double valid_fraction(const AxisTaps& axis) {
 }
 
 struct Layout {
-  bool rows_across, rows_by_phase;
+  bool rows_across, rows_by_phase, flat;
   int tile;
   double cycles;  // for one image and group
 };
@@ -126,15 +126,44 @@ struct Layout {
 // piece; far elements lie in lines of their own.
 constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4;
 
+// A vector that crosses cache lines is loaded twice; other loads of the step hide most of it.
+constexpr double kUnaligned = 1.03;
+
+// What flat packing would be like.
+struct Flat {
+  bool possible;
+  int64_t shift;  // the largest distance of a tap
+  double waste;   // positions computed for each that exists
+  double copies;  // of an element, since blocks share rows
+};
+
+Flat flat_images(const GatherPlan& plan, int64_t element_bytes) {
+  const int64_t halo_h = GatherPlan::halo(plan.offsets_h),
+                halo_w = GatherPlan::halo(plan.offsets_w);
+  const int64_t shift = halo_h * (plan.w.positions + halo_w) + halo_w;
+  // Pixels that fit the panel, halo included.
+  const int64_t room =
+      kPanelBytes / element_bytes / std::clamp<int64_t>(plan.channels, 1, kLeastChannels);
+  // A step would need an image for each residue; measured, that gains nothing over planes.
+  if (plan.h.source_step != 1 || plan.w.source_step != 1 || plan.source.stride[3] != 1 ||
+      plan.offsets() < 2 || plan.h.positions == 0 || plan.w.positions == 0 || 2 * shift > room)
+    return {};
+  const auto padded = [](int64_t positions, int64_t halo) {
+    return static_cast<double>(positions + halo) / static_cast<double>(positions);
+  };
+  return {true, shift, padded(plan.h.positions, halo_h) * padded(plan.w.positions, halo_w),
+          static_cast<double>(room) / static_cast<double>(room - shift)};
+}
+
 // `images` = 0 leaves out what a partly filled tile of pixels wastes.
 Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
-                   int64_t images) {
+                   int64_t element_bytes, int64_t images) {
   const double positions =
       static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
   const double channels = static_cast<double>(plan.channels),
                offsets = static_cast<double>(plan.offsets());
   const bool by_phase = plan.target.stride[1] == 1 && plan.rows > 1;
-  Layout best{false, by_phase, 0, std::numeric_limits<double>::max()};
+  Layout best{false, by_phase, false, 0, std::numeric_limits<double>::max()};
   for (int across = 0; across < 2; ++across)
     for (int t = 0; t < tile_count; ++t) {
       const bool rows_across = across == 1;
@@ -159,6 +188,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
             pixels;
       }
       double pack, store;
+      bool flat = false;
       if (rows_across) {
         // Tiles within a row of the source need no packing.
         const double crossing =
@@ -181,9 +211,20 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         pack = offsets * channels *
                (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + run : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
+        const Flat images_of = flat_images(plan, element_bytes);
+        if (images_of.possible) {
+          const double once =
+              channels * images_of.waste * images_of.copies * (kVectorCopied / lanes + run);
+          flat = images_of.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
+          if (flat) {
+            multiply *= images_of.waste * kUnaligned;
+            store *= images_of.waste;
+            pack = once;
+          }
+        }
       }
       const double cycles = positions * (multiply + pack + store);
-      if (cycles < best.cycles) best = {rows_across, by_phase, t, cycles};
+      if (cycles < best.cycles) best = {rows_across, by_phase, flat, t, cycles};
     }
   return best;
 }
@@ -203,6 +244,15 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   if (plan.offset_block > offset_row)
     plan.offset_block = plan.offset_block / offset_row * offset_row;
 
+  // Which panel it is does not matter to the order of summation.
+  const Flat images = flat_images(plan, element_bytes);
+  plan.flat = plan.flat && !plan.batch_innermost && plan.offset_block == offsets &&
+              plan.channel_block * (images.shift + kBlockPixels) <= panel_elements;
+  if (plan.flat) {
+    plan.h.positions += GatherPlan::halo(plan.offsets_h);
+    plan.w.positions += GatherPlan::halo(plan.offsets_w);
+  }
+
   const int64_t positions = plan.h.positions * plan.w.positions;
   plan.tiles = plan.batch_innermost ? positions * ceil_div(plan.batch, plan.pixel_width)
                                     : ceil_div(positions * plan.batch, plan.pixel_width);
@@ -218,9 +268,11 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   // Taps that a tile skips take no place in the cache.
   const double packed = static_cast<double>(plan.channel_block * plan.offset_block) *
                         (plan.batch_innermost ? plan.valid_fraction : 1.0);
-  const int64_t block_pixels = std::min(
-      {kMaxBlockPixels, share, static_cast<int64_t>(static_cast<double>(panel_elements) / packed),
-       sum_elements / least_rows});
+  const int64_t fitting =
+      plan.flat ? panel_elements / plan.channel_block - images.shift
+                : std::min(kMaxBlockPixels,
+                           static_cast<int64_t>(static_cast<double>(panel_elements) / packed));
+  const int64_t block_pixels = std::min({share, fitting, sum_elements / least_rows});
   plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles));
 
   // Chunks of rows end with whole tiles where they can; few blocks of pixels: spread the rows over
@@ -239,6 +291,20 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   // One position of many images: tasks that follow each other would write to the same cache lines,
   // unless to other rows.
   plan.chunks_per_task = blocks < tasks || plan.batch_innermost ? 1 : plan.row_chunks;
+}
+
+// The images of a flat panel, and where its taps are.
+void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
+  constexpr int64_t kLine = 64, kSet = 4096;
+  const int64_t pitch = plan.w.positions;
+  for (int64_t h : plan.offsets_h)
+    for (int64_t w : plan.offsets_w)
+      plan.flat_at.push_back((h - plan.offsets_h.front()) * pitch + (w - plan.offsets_w.front()));
+  // The last vector may reach beyond its image.
+  plan.flat_channel =
+      round_up(plan.block_tiles * plan.pixel_width + plan.flat_at.back() + kLine, kLine);
+  // Channels 4096 bytes apart would compete for one set of the L1 cache.
+  if (plan.flat_channel * element_bytes % kSet == 0) plan.flat_channel += kLine / element_bytes;
 }
 
 // Whether tiles may be read where they are. `stored_bytes` is the size of an element in memory.
@@ -286,7 +352,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
     const bool h = option & 1, w = option & 2;
     if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
     const double cycles =
-        best_layout(make_gather(op, params, h, w), tiles, tile_count, lanes, 0).cycles;
+        best_layout(make_gather(op, params, h, w), tiles, tile_count, lanes, element_bytes, 0)
+            .cycles;
     if (cycles < least) {
       least = cycles;
       merged_h = h;
@@ -294,9 +361,11 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
     }
   }
   GatherPlan plan = make_gather(op, params, merged_h, merged_w);
-  const Layout layout = best_layout(plan, tiles, tile_count, lanes, params.problem.batch);
+  const Layout layout =
+      best_layout(plan, tiles, tile_count, lanes, element_bytes, params.problem.batch);
   plan.rows_across = layout.rows_across;
   plan.rows_by_phase = layout.rows_by_phase;
+  plan.flat = layout.flat;
   plan.tile = layout.tile;
   plan.pixel_width = layout.rows_across ? tiles[layout.tile].rows : tiles[layout.tile].lanes;
   plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
@@ -306,7 +375,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.batch_innermost = plan.batch >= lanes && plan.valid_fraction < 0.85;
   choose_blocks(plan, element_bytes, threads);
   pair_classes(plan);
-  plan.source_in_place = reads_in_place(plan, stored_bytes, element_bytes);
+  if (plan.flat) lay_out_flat(plan, element_bytes);
+  plan.source_in_place = !plan.flat && reads_in_place(plan, stored_bytes, element_bytes);
   plan.target_in_place = writes_in_place(plan, stored_bytes, element_bytes);
   return plan;
 }

@@ -94,8 +94,9 @@ struct GatherGemm {
         bool base_in_place = false;
         for (int64_t t = 0; t < tiles; ++t) {
           const bool in_place = places[t].source >= 0;
-          const T* x = in_place ? source + places[t].source
-                                : panel + t * plan.pixel_width * offsets * channels;
+          const T* x = in_place    ? source + places[t].source
+                       : plan.flat ? panel + t * plan.pixel_width
+                                   : panel + t * plan.pixel_width * offsets * channels;
           const bool all_present = in_place || complete(present + t * offsets, offsets);
           if (base && all_present && base_in_place == in_place) {
             for (int64_t s = 0; s < segments.count; ++s)
@@ -126,7 +127,10 @@ struct GatherGemm {
 
   // From one step to the next on the vector side: from channel to channel.
   int64_t step_b(bool in_place) const {
-    return plan.rows_across ? plan.row_width : in_place ? plan.source.stride[1] : plan.pixel_width;
+    return plan.rows_across ? plan.row_width
+           : in_place       ? plan.source.stride[1]
+           : plan.flat      ? plan.flat_channel
+                            : plan.pixel_width;
   }
 
   static bool complete(const bool* present, int64_t offsets) {
@@ -150,8 +154,9 @@ struct GatherGemm {
         if (u < 0 || u >= offsets || !present[u]) continue;
         const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels),
                       c = begin - tap * channels;
-        const T* pixel = in_place ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
-                                  : x + (u * channels + c) * pixel_step;
+        const T* pixel = in_place    ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
+                         : plan.flat ? x + plan.flat_at[g.offset_at[tap]] + c * pixel_step
+                                     : x + (u * channels + c) * pixel_step;
         const T* weight = w + begin * plan.row_width;
         if (pixel == next && begin == last) {
           segments.list[segments.count - 1].length += end - begin;
@@ -181,7 +186,8 @@ struct GatherGemm {
     int64_t* row_offsets;
     const auto carve = [&](void* memory) {
       Carver carver(memory);
-      panel = carver.take<T>(pixels * plan.channel_block * plan.offset_block + lanes);
+      panel = carver.take<T>(plan.flat ? plan.channel_block * plan.flat_channel
+                                       : pixels * plan.channel_block * plan.offset_block + lanes);
       sums = carver.take<T>(pixels * plan.padded_rows);
       bias = carver.take<T>(plan.row_chunk);
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
@@ -213,8 +219,8 @@ struct GatherGemm {
                         u = min_of(plan.offset_block, offsets - u0);
           if (!one_panel || chunk == first_chunk)
             in_phase(Phase::kPack, [&] {
-              pack.pack_pixels(group, runs, run_count, packed, packed_count, places, tiles, c0,
-                               channels, u0, u, panel, present);
+              pack.pack_pixels(group, first_tile * plan.pixel_width, runs, run_count, packed,
+                               packed_count, places, tiles, c0, channels, u0, u, panel, present);
             });
           in_phase(Phase::kProduct, [&] {
             multiply(group, chunk, tiles, places, c0, channels, u0, u, panel, present, segments,

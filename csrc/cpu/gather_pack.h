@@ -262,9 +262,10 @@ struct GatherPack {
   // Packs one block of channels x offsets for all tiles of the block that are not read where they
   // are; `joined` are the runs of these. present[tile][offset] tells whether any pixel has a source
   // there.
-  void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, const PixelRun* joined,
-                   int64_t joined_count, const TilePlace* places, int64_t tiles, int64_t c0,
-                   int64_t channels, int64_t u0, int64_t offsets, T* panel, bool* present) const {
+  void pack_pixels(int64_t group, int64_t first_pixel, const PixelRun* runs, int64_t run_count,
+                   const PixelRun* joined, int64_t joined_count, const TilePlace* places,
+                   int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
+                   T* panel, bool* present) const {
     const S* source = static_cast<const S*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
     const PixelRun* first = runs;
@@ -273,7 +274,7 @@ struct GatherPack {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
       T* to = panel + t * plan.pixel_width * offsets * channels;
-      if (places[t].source >= 0) {
+      if (places[t].source >= 0 || plan.flat) {
         for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
       } else if (plan.rows_across) {
         pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
@@ -285,6 +286,45 @@ struct GatherPack {
       first = last;
     }
     if (planes) pack_planes(source, joined, joined_count, channels, u0, offsets, panel);
+    if (plan.flat && joined_count > 0) pack_flat(source, first_pixel, tiles, channels, panel);
+  }
+
+  // [channel][pixel]: zero-padded images, row after row, from pixel `first` of all on.
+  DECONV_PHASE void pack_flat(const S* source, int64_t first, int64_t tiles, int64_t channels,
+                              T* panel) const {
+    const int64_t pitch = plan.w.positions, rows = plan.h.positions;
+    const int64_t end = first + tiles * plan.pixel_width + plan.flat_at.back();
+    for (int64_t c = 0; c < channels; ++c, panel += plan.flat_channel) {
+      T* to = panel;
+      for (int64_t pixel = first, count; pixel < end; pixel += count, to += count) {
+        const int64_t line = pixel / pitch, jw = pixel % pitch, n = line / rows;
+        const int64_t ih = line % rows + plan.offsets_h.front();
+        const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
+        count = min_of(pitch - jw, end - pixel);
+        split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr,
+                  jw + plan.offsets_w.front(), count, to, 0);
+      }
+    }
+  }
+
+  // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row,
+  // or if there is none. Up to a vector more is written after each.
+  void split_row(const S* row, int64_t first, int64_t count, T* to, int64_t pitch) const {
+    const int64_t step = plan.w.source_step;
+    if (!row) {
+      for (int64_t r = 0; r < step; ++r) clear(to + r * pitch, count);
+      return;
+    }
+    // `head` positions begin before the row. They come last, for the vectors of one residue may end
+    // in the head of the next one.
+    const int64_t head = first < 0 ? min_of(count, (-first + step - 1) / step) : 0;
+    deinterleave(to + head, pitch, row + first + head * step, step, count - head,
+                 plan.w.source - first - head * step);
+    for (int64_t i = 0; i < head; ++i)
+      for (int64_t r = 0; r < step; ++r) {
+        const int64_t iw = first + i * step + r;
+        to[r * pitch + i] = iw >= 0 && iw < plan.w.source ? convert<T>(row[iw]) : T(0);
+      }
   }
 
   // [offset][channel][pixel]: rows of the source, shifted. With planes the caller fills them in.
@@ -324,9 +364,10 @@ struct GatherPack {
   bool has_planes() const {
     const int64_t taps = plan.offsets_w.size(), step = plan.w.source_step;
     // With two residues and no overlap a strided copy costs no more.
-    return !plan.rows_across && (taps > step || (taps == step && step > 2)) && taps <= kPlaneTaps &&
-           !plan.batch_innermost && plan.w.positions >= (step == 1 ? 2 : 1) * kLanes<T> &&
-           plan.source.stride[3] == 1 && plane_pixels() >= kLanes<T>;
+    return !plan.rows_across && !plan.flat && (taps > step || (taps == step && step > 2)) &&
+           taps <= kPlaneTaps && !plan.batch_innermost &&
+           plan.w.positions >= (step == 1 ? 2 : 1) * kLanes<T> && plan.source.stride[3] == 1 &&
+           plane_pixels() >= kLanes<T>;
   }
   // Positions split at a time.
   int64_t plane_pixels() const {
@@ -364,16 +405,7 @@ struct GatherPack {
     const int64_t base = floor_div(offsets_w[0], step);
     const int64_t positions = count + floor_div(offsets_w[taps - 1], step) - base;
     const int64_t first = (jw + base) * step;  // column of the first element of plane 0
-    const int64_t head = first < 0 ? min_of(positions, (-first + step - 1) / step) : 0;
-    // `head` positions lie before the row. They come last, for the vectors of a plane may end in
-    // the head of the next one.
-    deinterleave(planes + head, pitch, row + first + head * step, step, positions - head,
-                 plan.w.source - first - head * step);
-    for (int64_t i = 0; i < head; ++i)
-      for (int64_t r = 0; r < step; ++r) {
-        const int64_t iw = first + i * step + r;
-        planes[r * pitch + i] = iw >= 0 && iw < plan.w.source ? convert<T>(row[iw]) : T(0);
-      }
+    split_row(row, first, positions, planes, pitch);
     const int64_t first_tile = at / width, first_lane = at % width;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t shift = floor_div(offsets_w[tap], step);

@@ -105,7 +105,7 @@ struct GatherStore {
   bool target_is_linear() const {
     return !plan.rows_across && !plan.batch_innermost && plan.h.target_step == 1 &&
            plan.w.target_step == 1 && plan.target.stride[3] == 1 &&
-           plan.target.stride[2] == plan.w.target;
+           plan.target.stride[2] == plan.w.target && !plan.flat;
   }
   DECONV_PHASE void store_linear(int64_t rows, const PixelRun* runs, int64_t run_count,
                                  const T* sums, const T* bias, S* target) const {
