@@ -1,4 +1,7 @@
-"""What each process of test_distributed.py runs, started by torchrun: the check named last."""
+"""Run by test_distributed.py, in each process of torchrun: distributed_worker.py DIRECTORY CHECK...
+
+One after the other, in the same processes: most of the time is spent to start them.
+"""
 
 import sys
 
@@ -41,13 +44,13 @@ def own_samples() -> torch.Tensor:
     return joined_batch().chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def ddp() -> None:
+def ddp(directory: str) -> None:
     model = nn.parallel.DistributedDataParallel(network())
     loss_of(model(own_samples())).backward()
     assert_close([p.grad for p in model.parameters()], gradients_of_one_process())
 
 
-def fsdp() -> None:
+def fsdp(directory: str) -> None:
     model = network()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model[0], model[2], model):
@@ -58,7 +61,7 @@ def fsdp() -> None:
     assert_close(gradients, gradients_of_one_process())
 
 
-def dtensor() -> None:
+def dtensor(directory: str) -> None:
     """Weights replicated; the batch replicated, or in shards with partial gradients."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for placement in (Replicate(), Shard(0)):
@@ -88,5 +91,7 @@ def checkpoint(directory: str) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    globals()[sys.argv[1]](*sys.argv[2:])
+    for check in sys.argv[2:]:
+        globals()[check](sys.argv[1])
+        print(f"{check} holds\n", end="", flush=True)
     dist.destroy_process_group()

@@ -79,17 +79,19 @@ def build(sources: Sequence[Path] | None = None, sanitize: bool = False) -> Path
 
     # The machine first: of templates that both use, the linker keeps the first, and the machine's
     # own must not be checked.
-    with ThreadPoolExecutor(toolchain.jobs()) as pool:
+    with compiler._locked(cache), ThreadPoolExecutor(toolchain.jobs()) as pool:
         objects = [
             *pool.map(compile_one, [*(HERE / name for name in MACHINE), *(sources or KERNELS)])
         ]
-    names = " ".join(map(str, objects))
-    library = cache / f"emulator-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}")
-        link = [*command.split(), "-shared", "-Wl,-Bsymbolic", "-o", str(partial)]
-        subprocess.run([*link, *map(str, objects), *(SANITIZED if sanitize else ())], check=True)
-        partial.replace(library)
+        names = " ".join(map(str, objects))
+        library = cache / f"emulator-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            partial = library.with_suffix(f".{os.getpid()}")
+            link = [*command.split(), "-shared", "-Wl,-Bsymbolic", "-o", str(partial)]
+            subprocess.run(
+                [*link, *map(str, objects), *(SANITIZED if sanitize else ())], check=True
+            )
+            partial.replace(library)
     return library
 
 

@@ -135,9 +135,10 @@ def test_a_bad_library_is_rebuilt(built: Project, damage, where: str):
         library = built.root / "deconv_ext" / compiler.prebuilt_path().name
     library.write_bytes(bad)
     number, loaded, err = built.answer()
-    assert number == 1 and BUILDING in err if where == "cache" else err == ""
+    assert number == 1 and (BUILDING in err if where == "cache" else err == ""), err
     assert built.cache in loaded.parents and compiler.read_record(loaded)
-    assert built.answer()[2] == "", "and kept"
+    if where == "cache":
+        assert built.answer()[2] == "", "and kept"
 
 
 @slow
@@ -384,16 +385,6 @@ extension.forward(x, w, None, (2, 2), (1, 1, 1, 1), (0, 0), (1, 1), 1)
 print(len(before), before == toolchain.openmp_runtimes() == build.build_info()["openmp"])
 """
     assert _in_new_process("-c", code).stdout == "1 True\n"
-
-
-def test_the_instruction_set_can_be_forced():
-    code = "from deconv_ext.build import extension; print(extension().cpu_isa())"
-    isas = build.extension().cpu_isas()
-    assert isas[-1] == "portable"
-    for isa in isas:
-        assert _in_new_process("-c", code, DECONV_EXT_CPU_ISA=isa).stdout.strip() == isa
-    process = _in_new_process("-c", code, DECONV_EXT_CPU_ISA="z80")
-    assert process.returncode and "DECONV_EXT_CPU_ISA" in process.stderr and "z80" in process.stderr
 
 
 def test_doctor_passes():

@@ -68,7 +68,9 @@ def project(tmp_path: Path) -> Project:
 BINARY = [compiler.prebuilt_path().name]
 
 
-def test_without_isolation_the_binary_is_installed(environment: Environment, project: Project):
+def test_without_isolation_the_binary_is_installed_until_sources_change(
+    environment: Environment, project: Project
+):
     environment.pip_install(project.root, "--no-build-isolation")
     assert environment.binaries() == BINARY
     out, err = environment.run("-c", LOAD, PATH="/nonexistent")  # needs no compiler any more
@@ -76,9 +78,6 @@ def test_without_isolation_the_binary_is_installed(environment: Environment, pro
     info, _ = environment.run("-c", "import deconv_ext as d; print(d.build_info()['built'])")
     assert info == "aot"
 
-
-def test_a_stale_binary_is_replaced(environment: Environment, project: Project):
-    environment.pip_install(project.root, "--no-build-isolation")
     (environment.package / "csrc/answer.h").write_text("constexpr int kAnswer = 2;\n")
     out, err = environment.run("-c", LOAD)
     assert out.startswith("[2, ") and "the cache" in out and "building for torch" in err
