@@ -181,8 +181,9 @@ sys.exit(check(Emulator(Path({str(build(sanitize=True))!r})), cases=EDGE[::4]))
 
 
 def test_sanitizers_find_a_planted_mistake() -> None:
-    planted = sorted([*(HERE / "planted").glob("*.cu"), *(HERE / "planted").glob("*.cpp")])
-    library = build(planted, sanitize=True)
+    planted = HERE / "planted"
+    sources = (*sorted(planted.glob("*.cu")), *sorted(planted.glob("*.cpp")))
+    library = build(sources, sanitize=True)
     script = f"""
 import torch
 from pathlib import Path
