@@ -19,20 +19,21 @@ struct GatherStore {
   // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN
   // is computed again from the definition.
   DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
-                           int64_t tiles, T* sums) const {
-    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
-                  pixels = tiles * plan.pixel_width;
+                           T* sums) const {
+    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     bool clean = true;
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
-      const int64_t outer = plan.rows_across ? pixels : class_rows,
-                    inner = plan.rows_across ? class_rows : pixels;
-      for (int64_t i = 0; i < outer; ++i) {
-        const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, i)
-                                                 : plan.sum_at(g.first_row + i, 0));
-        int broken = 0;
-        for (int64_t j = 0; j < inner; ++j) broken |= line[j] != line[j];
-        clean &= broken == 0;
+      for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+        const int64_t outer = plan.rows_across ? run->count : class_rows,
+                      inner = plan.rows_across ? class_rows : run->count;
+        for (int64_t i = 0; i < outer; ++i) {
+          const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, run->at + i)
+                                                   : plan.sum_at(g.first_row + i, run->at));
+          int broken = 0;
+          for (int64_t j = 0; j < inner; ++j) broken |= line[j] != line[j];
+          clean &= broken == 0;
+        }
       }
     }
     if (clean) return;
@@ -77,17 +78,19 @@ struct GatherStore {
     }
   }
 
-  T bias_of(int64_t row) const {
-    return plan.params.bias
-               ? convert<T>(static_cast<const S*>(plan.params.bias)[row * plan.params.bias_stride])
-               : T(0);
+  // [rows of the chunk]; zeros if there is none.
+  void load_bias(int64_t group, int64_t chunk, T* bias) const {
+    const int64_t first = group * plan.rows + chunk * plan.row_chunk,
+                  rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
+    const S* from = static_cast<const S*>(plan.params.bias);
+    for (int64_t row = 0; row < rows; ++row)
+      bias[row] = from ? convert<T>(from[(first + row) * plan.params.bias_stride]) : T(0);
   }
 
   DECONV_PHASE void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
-                          const T* sums, T* bias) const {
+                          const T* sums, const T* bias) const {
     const int64_t first = group * plan.rows + chunk * plan.row_chunk,
                   rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
-    for (int64_t row = 0; row < rows; ++row) bias[row] = bias_of(first + row);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
     if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
@@ -109,7 +112,8 @@ struct GatherStore {
     const PixelRun* next;
     for (const PixelRun* run = runs; run < runs + run_count; run = next) {
       int64_t count = run->count;
-      for (next = run + 1; next < runs + run_count && next->n == run->n; ++next)
+      for (next = run + 1;
+           next < runs + run_count && next->n == run->n && next->at == run->at + count; ++next)
         count += next->count;
       for (int64_t row = 0; row < rows; ++row) {
         const T* from = sums + plan.sum_at(row, run->at);
