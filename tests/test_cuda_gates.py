@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
     def blocks(self, threads: int = 256, shared: int = 0) -> int:
         """Blocks that a multiprocessor holds at once, with so much dynamic shared memory each."""
         rounded = -(-self.registers // 8) * 8
-        each = shared + self.static_shared + 1024  # of which the system takes one KiB
+        each = shared + max(self.static_shared, 1024)  # one KiB is the system's
         return min(
             REGISTER_FILE // (rounded * -(-threads // 32) * 32),
             SHARED_BYTES[self.arch] // each,
@@ -264,20 +264,25 @@ def launches(arch: str) -> dict[str, set[tuple[int, int]]]:
 
 
 def main() -> None:
-    """The kernels that the layers can use, the largest of its launches in them for each."""
+    """The kernels that the layers can use: from the smallest of their launches to the largest."""
     head = "kernel", "arch", "registers", "threads", "shared memory", "blocks", "warps of 64"
-    print("{:100} {:7} {:>9} {:>7} {:>15} {:>6} {:>11}".format(*head))
+    print("{:80} {:7} {:>9} {:>7} {:>15} {:>7} {:>11}".format(*head))
     used = {arch: launches(arch) for arch in ARCHS}
     for k in sorted(compiled(), key=lambda k: (k.source, k.name, k.arch)):
         name = words(k.name)
-        for threads, shared in sorted({max(used[k.arch].get(name, {(0, 0)}))}):
-            if not threads:
-                continue
-            blocks = k.blocks(threads, shared)
-            print(
-                f"{k.source + ' ' + name:100.100} {k.arch:7} {k.registers:9} {threads:7} "
-                f"{k.static_shared:6} + {shared:6} {blocks:6} {blocks * -(-threads // 32):11}"
-            )
+        if name not in used[k.arch]:
+            continue
+        ends = min(used[k.arch][name]), max(used[k.arch][name])
+        blocks = [k.blocks(*launch) for launch in ends]
+        warps = [count * -(-launch[0] // 32) for count, launch in zip(blocks, ends)]
+        columns = [
+            f"{first}-{last}" if first != last else str(last)
+            for first, last in (*zip(*ends), blocks, warps)
+        ]
+        print(
+            f"{k.source + ' ' + name:80.80} {k.arch:7} {k.registers:9} "
+            "{:>7} {:>15} {:>7} {:>11}".format(*columns)
+        )
 
 
 if __name__ == "__main__":
