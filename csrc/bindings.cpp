@@ -23,10 +23,15 @@
 #endif
 
 #include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "choices.h"
 #include "cpu/output_pool.h"
 #include "deconv.h"
 
@@ -230,6 +235,38 @@ void on_device(const Tensor& t, const Cpu& cpu, [[maybe_unused]] const Cuda& cud
                               " in this build");
 }
 
+// Of deconv_ext.autotune, for the whole process.
+deconv::Choices choices;
+
+// Runs what was chosen for the call, if anything was; false if "auto" is to take it. A choice that
+// does not take it is stale: made with another version, and forgotten with a warning.
+template <class RunWith>
+bool run_chosen(Op op, const deconv::Params& params, const Tensor& y, const RunWith& run_with) {
+  bool allow_tf32 = false;
+#ifdef DECONV_WITH_CUDA
+  allow_tf32 = y.is_cuda() && y.scalar_type() == at::kFloat &&
+               at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+#endif
+  const deconv::Call call = deconv::describe(op, params, y.is_cpu() ? -1 : y.get_device(),
+                                             y.is_cpu() ? at::get_num_threads() : 0, allow_tf32);
+  const std::string chosen = choices.find(call);
+  if (chosen == "auto") return false;
+  try {
+    run_with(chosen);
+  } catch (const std::invalid_argument& error) {
+    if (!choices.forget(call)) return false;
+    const py::gil_scoped_acquire gil;
+    const std::string warning =
+        std::string("deconv_ext: a choice recorded by autotune is ignored: ") + error.what();
+    if (PyErr_WarnEx(PyExc_UserWarning, warning.c_str(), 1) != 0) throw py::error_already_set();
+    return false;
+  }
+  const char* log = std::getenv("DECONV_EXT_LOG");
+  if (log && std::strcmp(log, "config") == 0)
+    std::fprintf(stderr, "deconv_ext: %s, as autotune has recorded\n", chosen.c_str());
+  return true;
+}
+
 void run(Op op, const deconv::Problem& problem, const Tensor& x, const Tensor& w, const Tensor& y,
          const std::optional<Tensor>& bias, const std::string& algo) {
   const deconv::Params params{problem,
@@ -239,14 +276,17 @@ void run(Op op, const deconv::Problem& problem, const Tensor& x, const Tensor& w
                               ref(y),
                               bias ? bias->data_ptr() : nullptr,
                               bias ? bias->stride(0) : 0};
-  try {
+  const auto run_with = [&](const std::string& algorithm) {
     on_device(
-        y, [&](int threads) { deconv::cpu::run(op, params, algo, threads); },
+        y, [&](int threads) { deconv::cpu::run(op, params, algorithm, threads); },
         [&]([[maybe_unused]] const deconv::cuda::Context& context) {
 #ifdef DECONV_WITH_CUDA
-          deconv::cuda::run(op, params, algo, context);
+          deconv::cuda::run(op, params, algorithm, context);
 #endif
         });
+  };
+  try {
+    if (algo != "auto" || !choices.in_use() || !run_chosen(op, params, y, run_with)) run_with(algo);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK(false, error.what());
   }
@@ -552,6 +592,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tap_table", &tap_table, "size_in"_a, "kernel"_a, "stride"_a, "dilation"_a, "pad_begin"_a,
         "pad_end"_a, "output_padding"_a);
   m.def("list_algorithms", &list_algorithms, "op"_a, "device"_a = "cpu");
+  m.def(
+      "set_choices",
+      [](const std::map<deconv::Call, std::string>& algorithms) { choices.set(algorithms); },
+      "algorithms"_a, nogil);
+  m.def("record_calls", [](bool enabled) { return choices.record(enabled); }, "enabled"_a, nogil);
   m.def("cpu_isas", &deconv::cpu::isas);
   m.def("cpu_isa", &deconv::cpu::isa);
   m.def("set_cpu_isa", &deconv::cpu::set_isa, "name"_a);

@@ -5,7 +5,7 @@ Importing the package neither compiles nor loads the binary module; the first ca
 
 from __future__ import annotations
 
-from . import checkerboard, functional, init, tf
+from . import checkerboard, functional, init, tf, tuning
 from .build import build_info
 from .conv1d import conv_transpose1d
 from .convert import ConversionReport, convert, revert
@@ -16,6 +16,7 @@ from .modules import (
     LazyConvTranspose1d,
     LazyConvTranspose2d,
 )
+from .tuning import autotune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "__version__",
+    "autotune",
     "build_info",
     "checkerboard",
     "conv_transpose1d",
@@ -35,4 +37,5 @@ __all__ = [
     "init",
     "revert",
     "tf",
+    "tuning",
 ]

@@ -22,6 +22,12 @@ def restored_threads():
     torch.set_num_threads(count)
 
 
+@pytest.fixture
+def one_thread(restored_threads):
+    """torch's other threads idle by spinning, which costs more than small tensors are worth."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def settable_flags():
     """Importing torch.testing._internal forbids setting torch.backends.* for the whole process; no

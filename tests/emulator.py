@@ -7,6 +7,7 @@ cuda_on_cpu/, and calls it with tensors of torch. See cuda_on_cpu/emulation.h fo
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -49,7 +50,8 @@ class KernelError(Exception):
     """A mistake of a kernel: an access or a wait that hardware would not have forgiven."""
 
 
-def build(sources: Sequence[Path] | None = None, sanitize: bool = False) -> Path:
+@functools.cache
+def build(sources: tuple[Path, ...] | None = None, sanitize: bool = False) -> Path:
     """The library of these sources and the machine, compiled as far as it is not in the cache."""
     command, version = toolchain.cxx_compiler()
     cache = compiler.cache_dirs()[0] / "emulator"
@@ -58,7 +60,7 @@ def build(sources: Sequence[Path] | None = None, sanitize: bool = False) -> Path
     def compile_one(source: Path) -> Path:
         checked = SANITIZED if sanitize else (*CHECKED, *PATTERN)
         if source.parent == HERE and source.suffix == ".cpp":
-            checked = SANITIZED if sanitize else ()
+            checked = SANITIZED if sanitize else ("-O3",)
         flags = [*FLAGS, *checked, f"-I{HERE}", "-x", "c++"]
         listing = toolchain.output(*command.split(), *flags, "-MM", str(source))
         # A rule of make: target: names, where a backslash escapes a space or the end of a line.
@@ -154,7 +156,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.path = library
         self._library = ctypes.CDLL(str(library))
-        for name in ("text", "algorithms", "counts"):
+        for name in ("text", "algorithms", "counts", "plan"):
             getattr(self._library, f"emulation_{name}").restype = ctypes.c_char_p
         self.seed(0)
 
@@ -166,10 +168,55 @@ class Emulator:
         """What may be forced, best first: names, and "name:configuration"."""
         return self._library.emulation_algorithms(OPERATIONS.index(op)).decode().split()
 
-    def set_device(self, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
-        """The device that configurations are chosen for."""
-        for which, value in ((16, processors), (75, capability[0]), (76, capability[1])):
+    def set_device(
+        self,
+        processors: int = 132,
+        capability: tuple[int, int] = (9, 0),
+        shared_bytes: int = 227 << 10,
+    ) -> None:
+        """The device that configurations are chosen for; shared memory is what a block may have."""
+        attributes = {16: processors, 75: capability[0], 76: capability[1], 97: shared_bytes}
+        for which, value in attributes.items():
             self._library.emulation_set_attribute(which, value)
+
+    def plan(
+        self,
+        op: str,
+        case: Case,
+        dtype: torch.dtype,
+        algo: str = "auto",
+        layout: str = "contiguous",
+        allow_tf32: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The launches of the operation, which are not run, so that the problem may be as large as
+        it likes: {"kernel", "address", "blocks", "threads", "shared"} each; `address` is the
+        function's, for `symbol`.
+
+        Raises ValueError where the algorithm declines, KernelError where a launch is impossible."""
+
+        def place(shape: Sequence[int], number: int) -> ctypes.Structure:
+            n, c, h, w = shape
+            last = (h * w * c, 1, w * c, c)
+            strides = last if layout == "channels_last" else (c * h * w, h * w, w, 1)
+            return TensorRef(number << 40, (_I64 * 4)(*strides))
+
+        shapes = (case.x_shape, case.w_shape, case.y_shape)
+        operands = [place(shape, i + 1) for i, shape in enumerate(shapes)]
+        bias = 4 << 40 if op == "forward" else None
+        params = Params(_problem(case), DTYPES.index(dtype), *operands, bias, 1)
+        status, number = ctypes.c_int(), OPERATIONS.index(op)
+        text = self._library.emulation_plan(
+            number, ctypes.byref(params), algo.encode(), int(allow_tf32), ctypes.byref(status)
+        )
+        if status.value:
+            self._check(status.value)
+        return json.loads(text)
+
+    @functools.cache  # noqa: B019  emulators live as long as the process
+    def symbol(self, address: str) -> str:
+        """The mangled name of the function at an address, as a plan tells it."""
+        offset = hex(int(address, 16) - self._base())
+        return toolchain.output("addr2line", "-f", "-e", str(self.path), offset).split()[0]
 
     def count(self, enabled: bool) -> None:
         """Starts counting, from zero, or stops."""
@@ -240,15 +287,19 @@ class Emulator:
 
     def locate(self, address: int) -> str:
         """File and line of an address in the library."""
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            if line.endswith(str(self.path)):
-                base = int(line.partition("-")[0], 16) - int(line.split()[2], 16)
-                break
-        offset = hex(address - base - 1)  # of the call, not of what follows it
+        offset = hex(address - self._base() - 1)  # of the call, not of what follows it
         lines = toolchain.output("addr2line", "-i", "-s", "-e", str(self.path), offset).splitlines()
         places = [line.split()[0] for line in lines]
         kernel = [p for p in places if "runtime_api.h" not in p and "??" not in p]
         return " < ".join(kernel) or offset
+
+    @functools.cache  # noqa: B019
+    def _base(self) -> int:
+        """Where the library begins in memory."""
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith(str(self.path)):
+                return int(line.partition("-")[0], 16) - int(line.split()[2], 16)
+        raise RuntimeError(f"{self.path} is not loaded")
 
     def _place(self, tensor: Tensor, name: str, written: bool) -> Tensor:
         """A copy of the same strides between gaps, made known to the machine."""
@@ -294,7 +345,8 @@ def define(op: str, case: Case, t: Operands) -> Tensor:
 def check(machine: Emulator, prefix: str = "", cases: Sequence[Case] = EDGE) -> int:
     """Runs the algorithms of that prefix, prints what comes of it; 1 if anything is wrong."""
     status = 0
-    for op, case, dtype in itertools.product(OPERATIONS, cases, (torch.float32, torch.bfloat16)):
+    for op, (index, case) in itertools.product(OPERATIONS, enumerate(cases)):
+        dtype = (torch.float32, torch.bfloat16)[index % 2]
         t = case.operands(1, dtype, exact=True)
         want = define(op, case, t).to(dtype)
         for algo in machine.algorithms(op):

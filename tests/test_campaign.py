@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from campaign import __main__ as driver  # noqa: E402
-from campaign import context, correctness, report, sanitizer, stages  # noqa: E402
+from campaign import context, correctness, probes, report, sanitizer, stages  # noqa: E402
 from campaign.context import Context  # noqa: E402
 from campaign.journal import RESTART, Journal  # noqa: E402
 
@@ -135,6 +135,16 @@ def test_tuning_times_every_algorithm_that_takes_the_layer(found: Found) -> None
         assert {"auto", "reference"} <= set(row["us"])
         assert row["us"][row["best"]] == min(row["us"].values())
     assert any(row["declined"] for row in rows)
+
+
+def test_each_part_of_a_kernel_is_probed(found: Found) -> None:
+    rows = found["7-probes"]["rows"]
+    choices = {(row["probe"], row["layout"], row["dtype"]) for row in rows}
+    places = {(probe.case.name, probe.layout) for probe in probes.PROBES}
+    assert choices == {(*place, dtype) for place in places for dtype in PRECISIONS}
+    for row in rows:
+        assert row["algo"] == "gemm" and row["rate"] > 0 and row["ceiling"] > 0
+        assert row["unit"] == ("TFLOP/s" if row["probe"] == "main loop" else "GB/s")
 
 
 def test_summary_and_picture(dry: tuple[Path, str], found: Found) -> None:
@@ -372,11 +382,11 @@ def test_without_a_gpu_only_a_dry_run_is_possible(capsys: pytest.CaptureFixture)
     assert exit.value.code == 2 and "no CUDA device; --dry" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stages", ["7", "", "1;2"])
+@pytest.mark.parametrize("stages", ["8", "", "1;2"])
 def test_unknown_stages_are_refused(stages: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         driver.parse(["--dry", "--stages", stages])
-    assert f"want some of 1,2,3,4,5,6, got {stages!r}" in capsys.readouterr().err
+    assert f"want some of 1,2,3,4,5,6,7, got {stages!r}" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_a_line_instead_of_a_picture(

@@ -10,6 +10,7 @@ from deconv_ext.testing import Case, make_case
 from emulator import OPERATIONS, Emulator, build
 from support import assert_equal, cast, exact
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MACHINE = Emulator(build())
 
 # (batch, c_in, input size), c_out, kernel, stride, padding, output_padding

@@ -22,7 +22,7 @@ SEEDS = range(5)
 
 @pytest.fixture(scope="module")
 def machine() -> Emulator:
-    return Emulator(build(sorted([*PLANTED.glob("*.cu"), *PLANTED.glob("*.cpp")])))
+    return Emulator(build((*sorted(PLANTED.glob("*.cu")), *sorted(PLANTED.glob("*.cpp")))))
 
 
 def call(machine: Emulator, kernel: str, x: Tensor, w: Tensor, y_size: tuple[int, int]) -> Tensor:

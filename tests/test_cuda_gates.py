@@ -1,7 +1,8 @@
 """What nvcc makes of the kernels, without a GPU: no warning, no spill, no local memory, registers
 within the budget, and the instructions that were meant. Read from the objects of the build.
 
-    PYTHONPATH=. python tests/test_cuda_gates.py      prints each kernel's registers and occupancy
+    PYTHONPATH=. python tests/test_cuda_gates.py      prints each kernel's registers, shared memory
+                                                      in the layers of layers.csv, and occupancy
 
 Needs a build with CUDA, and cuobjdump and nvdisasm, which torch's CUDA builds for Linux bring along
 with Triton.
@@ -10,6 +11,7 @@ with Triton.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90a")
 
 REGISTER_FILE = 65536  # of a multiprocessor, in words; sm_80 and sm_90
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # of a multiprocessor
 # A kernel that needs more registers than this leaves room for less than one block of 256 threads;
 # the hardware's limit is 255 a thread.
 MAX_REGISTERS = 255
@@ -38,6 +41,10 @@ PRODUCTS = {  # of the gemm kernels: source file -> instruction of the tensor co
 }
 
 
+# What an integer division by a variable takes: a reciprocal in floating point, in place or called.
+DIVISION = re.compile(r"CALL division|I2F\.\S*RP|MUFU\.RCP")
+
+
 class Kernel(NamedTuple):
     """One compiled kernel: what it takes, and its instructions."""
 
@@ -48,11 +55,18 @@ class Kernel(NamedTuple):
     stack: int  # bytes of a thread; what is spilled lies there too
     static_shared: int
     instructions: list[str]
+    loops: list[list[str]]  # the instructions of each, from its head to its branch back
 
-    def blocks(self, threads: int = 256) -> int:
-        """Blocks that a multiprocessor holds at once, as far as registers decide."""
+    def blocks(self, threads: int = 256, shared: int = 0) -> int:
+        """Blocks that a multiprocessor holds at once, with so much dynamic shared memory each."""
         rounded = -(-self.registers // 8) * 8
-        return REGISTER_FILE // (rounded * threads)
+        each = shared + max(self.static_shared, 1024)  # one KiB is the system's
+        return min(
+            REGISTER_FILE // (rounded * -(-threads // 32) * 32),
+            SHARED_BYTES[self.arch] // each,
+            2048 // threads,
+            32,
+        )
 
 
 @functools.cache
@@ -111,8 +125,7 @@ def _kernels(path: Path, arch: str) -> list[Kernel]:
         _dump("-res-usage", path, arch),
     )
     parts = re.split(r"^\s*Function : (\w+)", _dump("-sass", path, arch), flags=re.MULTILINE)[1:]
-    line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    code = {name: line.findall(text) for name, text in zip(parts[::2], parts[1::2])}
+    code = {name: _code(text) for name, text in zip(parts[::2], parts[1::2])}
     return [
         Kernel(
             path.name.removesuffix(".cuda.o"),
@@ -121,16 +134,39 @@ def _kernels(path: Path, arch: str) -> list[Kernel]:
             int(registers),
             int(stack) + int(local),
             int(shared),
-            code[name],
+            *code[name],
         )
         for name, registers, stack, shared, local in usage
     ]
 
 
+def _code(text: str) -> tuple[list[str], list[list[str]]]:
+    """Instructions, and those of each loop: of what a branch back encloses."""
+    line = re.compile(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?: .*?\b(0x[0-9a-f]+))?.*"
+    )
+    found = [(int(at, 16), name, target) for at, name, target in line.findall(text)]
+    names, places = [name for _, name, _ in found], {at: i for i, (at, _, _) in enumerate(found)}
+    loops = []
+    for i, (_, name, target) in enumerate(found):
+        head = places.get(int(target or "0", 16), 0)
+        if name.startswith("CALL"):  # on sm_80 the end of a loop may be one too, which ends in EXIT
+            body = itertools.takewhile(lambda each: each[:3] not in ("RET", "EXI"), names[head:])
+            names[i] = "CALL division" if any(map(DIVISION.match, body)) else name
+    for i, (at, name, target) in enumerate(found):
+        head = int(target or "0", 16)
+        if name.startswith("BRA") and target and head < at:  # the last one branches to itself
+            loops.append(names[places[head] : i + 1])
+    return names, loops
+
+
+@functools.cache
 def words(name: str) -> str:
     """The name of a kernel as C++ spells it, without namespaces and arguments."""
     plain = toolchain.output("c++filt", name).strip() or name
-    return re.sub(r"deconv::|cuda::|\(anonymous namespace\)::|^void |\(.*?\)$", "", plain)
+    return re.sub(
+        r"deconv::|cuda::|direct::|\(anonymous namespace\)::|^void |\([^()]*\)$", "", plain
+    )
 
 
 def holding(kernels: list[Kernel], pattern: str) -> set[str]:
@@ -177,10 +213,76 @@ def test_tensor_cores(source: str, arch: str) -> None:
         assert holding(products, r"LDSM\.16\.M(T?)88") == names
 
 
+@needs_objects
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_division_in_main_loops(arch: str) -> None:
+    """Of the matrix kernels: the loop over steps, with products, copies and the barrier. Of the
+    direct ones: loops that multiply."""
+    kernels = [k for k in compiled() if k.arch == arch]
+    products = [k for k in kernels if re.search(r"gather_kernel|weight_kernel", k.name)]
+    for k in products:
+        product, copies = PRODUCTS[k.source], r"LDGSTS|UBLKCP|UTMALDG"
+        steps = [
+            loop
+            for loop in k.loops
+            if any(re.match(product, i) for i in loop)
+            and any(re.match(copies, i) for i in loop)
+            and any(i.startswith("BAR") for i in loop)
+        ]
+        assert steps, words(k.name)
+        step = min(steps, key=len)  # larger ones go over groups of taps, and list pixels
+        assert not [i for i in step if DIVISION.match(i)], words(k.name)
+    direct = [k for k in kernels if "gather_direct_kernel" in k.name]
+    assert direct
+    for k in direct:
+        inner = [loop for loop in k.loops if any(re.match("[FD]FMA", i) for i in loop)]
+        assert inner, words(k.name)
+        assert not [i for i in min(inner, key=len) if DIVISION.match(i)], words(k.name)
+
+
+def launches(arch: str) -> dict[str, set[tuple[int, int]]]:
+    """{kernel: its (threads, dynamic shared memory)} in the layers, by every configuration."""
+    from deconv_ext.testing import load_layers
+    from emulator import DTYPES, OPERATIONS, Emulator, build
+
+    machine = Emulator(build())
+    if arch == "sm_80":
+        machine.set_device(108, (8, 0), 163 << 10)
+    found: dict[str, set[tuple[int, int]]] = {}
+    for op, case, dtype, layout in itertools.product(
+        OPERATIONS, load_layers("gpu"), DTYPES[:4], ("contiguous", "channels_last")
+    ):
+        for algo, tf32 in itertools.product(machine.algorithms(op), (False, True)):
+            try:
+                plan = machine.plan(op, case, dtype, algo, layout, tf32)
+            except ValueError:
+                continue
+            for launch in plan:
+                name = words(machine.symbol(launch["address"]))
+                found.setdefault(name, set()).add((launch["threads"], launch["shared"]))
+    return found
+
+
 def main() -> None:
-    print(f"{'kernel':90} {'arch':7} registers blocks of 256")
+    """The kernels that the layers can use: from the smallest of their launches to the largest."""
+    head = "kernel", "arch", "registers", "threads", "shared memory", "blocks", "warps of 64"
+    print("{:80} {:7} {:>9} {:>7} {:>15} {:>7} {:>11}".format(*head))
+    used = {arch: launches(arch) for arch in ARCHS}
     for k in sorted(compiled(), key=lambda k: (k.source, k.name, k.arch)):
-        print(f"{k.source + ' ' + words(k.name):90.90} {k.arch:7} {k.registers:9} {k.blocks():6}")
+        name = words(k.name)
+        if name not in used[k.arch]:
+            continue
+        ends = min(used[k.arch][name]), max(used[k.arch][name])
+        blocks = [k.blocks(*launch) for launch in ends]
+        warps = [count * -(-launch[0] // 32) for count, launch in zip(blocks, ends)]
+        columns = [
+            f"{first}-{last}" if first != last else str(last)
+            for first, last in (*zip(*ends), blocks, warps)
+        ]
+        print(
+            f"{k.source + ' ' + name:80.80} {k.arch:7} {k.registers:9} "
+            "{:>7} {:>15} {:>7} {:>11}".format(*columns)
+        )
 
 
 if __name__ == "__main__":

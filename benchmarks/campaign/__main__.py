@@ -23,7 +23,7 @@ import torch
 
 from deconv_ext.bench_machine import commit, device_name
 
-from . import correctness, report, sanitizer, stages
+from . import correctness, probes, report, sanitizer, stages
 from .context import Context
 from .journal import RESTART
 
@@ -52,6 +52,7 @@ FUNCTIONS = {
     "sanitizer": sanitizer.sanitizer,
     "timings": stages.timings,
     "tuning": stages.tuning,
+    "probes": probes.probes,
 }
 FOREVER = 1e9
 #: In the order of value. torch's plans with and without cuDNN's search need a process each.
@@ -63,6 +64,7 @@ PARTS = (
     Part(4, "sanitizer", "", 10, FOREVER),
     Part(5, "timings", "tuned", 28),
     Part(6, "tuning", "", 10),
+    Part(7, "probes", "", 3),
     Part(5, "timings", "torch", 8),
     Part(1, "environment", "tuned", 4),
 )
@@ -72,7 +74,8 @@ NEEDS_GPU = """needs a GPU, and is left out of a dry run:
   2 a build from nothing (the cached one stands in)
   3 matrix and checks on CUDA (the CPU's kernels stand in); graph replay, streams, two devices
   4 compute-sanitizer (the same calls run without it)
-  5, 6 CUDA events and graphs, cuDNN's search (the clock and torch's CPU operator stand in)"""
+  5, 6, 7 CUDA events and graphs, cuDNN's search (the clock and torch's CPU operator stand in)"""
+STAGES = range(1, 8)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,14 +84,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             found = {int(each) for each in text.split(",")}
         except ValueError:
             found = set()
-        if not found or not found <= {1, 2, 3, 4, 5, 6}:
-            raise argparse.ArgumentTypeError(f"want some of 1,2,3,4,5,6, got {text!r}")
+        if not found or not found <= set(STAGES):
+            every = ",".join(map(str, STAGES))
+            raise argparse.ArgumentTypeError(f"want some of {every}, got {text!r}")
         return found
 
     parser = argparse.ArgumentParser(prog="gpu_campaign.sh", description=__doc__)
     parser.add_argument("minutes", nargs="?", type=float, default=30.0, help="in all (30)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny sizes")
-    parser.add_argument("--stages", type=chosen, default={1, 2, 3, 4, 5, 6}, metavar="1,3,5")
+    parser.add_argument("--stages", type=chosen, default=set(STAGES), metavar="1,3,5")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # one process of the campaign
     options = parser.parse_args(argv)
     if not options.dry and not torch.cuda.is_available():

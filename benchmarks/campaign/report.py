@@ -10,7 +10,10 @@ from typing import Any
 from deconv_ext import bench_table
 from deconv_ext.bench_table import Row
 
-FILES = ("1-environment", "2-build", "3-correctness", "4-sanitizer", "5-timings", "6-tuning")
+FILES = (
+    *("1-environment", "2-build", "3-correctness", "4-sanitizer"),
+    *("5-timings", "6-tuning", "7-probes"),
+)
 
 
 def read(out: Path, name: str) -> dict[str, Any] | None:
@@ -75,11 +78,29 @@ def _timings(content: dict[str, Any]) -> list[str]:
     return ["```", bench_table.summary(rows).strip(), "```"] if rows else []
 
 
+def _probes(content: dict[str, Any]) -> list[str]:
+    """The best configuration of each."""
+    best: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in content["rows"]:
+        key = (row["probe"], row["layout"], row["dtype"])
+        if key not in best or row["rate"] > best[key]["rate"]:
+            best[key] = row
+    return [
+        "",
+        *(
+            f"* {' '.join(key)}: {row['rate']:.4g} {row['unit']} with {row['algo']}, "
+            f"torch {row['ceiling']:.4g}"
+            for key, row in best.items()
+        ),
+    ]
+
+
 FINDINGS = {
     "2-build": _build,
     "3-correctness": _correctness,
     "4-sanitizer": _sanitizer,
     "5-timings": _timings,
+    "7-probes": _probes,
 }
 
 

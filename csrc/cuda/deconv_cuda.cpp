@@ -58,6 +58,10 @@ const Algorithm kAlgorithms[] = {
     {"generic", generic_declines, never, run_generic, generic_configs},
 };
 
+std::invalid_argument declined_by(const std::string& algorithm, const char* why) {
+  return std::invalid_argument("algo='" + algorithm + "' cannot take this problem: " + why);
+}
+
 const Algorithm& find(Op op, const Params& params, const std::string& name,
                       const std::string& config) {
   const Algorithm* accepts = nullptr;
@@ -67,9 +71,7 @@ const Algorithm& find(Op op, const Params& params, const std::string& name,
     if (name != "auto" && name != algorithm.name) continue;
     const char* declined = algorithm.declines(op, params, config);
     if (declined && name == "auto") continue;
-    if (declined)
-      throw std::invalid_argument("algo='" + name + (config.empty() ? "" : ":" + config) +
-                                  "' cannot take this problem: " + declined);
+    if (declined) throw declined_by(name + (config.empty() ? "" : ":" + config), declined);
     if (name == algorithm.name || algorithm.preferred(op, params)) return algorithm;
     if (!accepts) accepts = &algorithm;
   }
@@ -97,7 +99,12 @@ void run(Op op, const Params& params, const std::string& algorithm, const Contex
   const std::string config = colon == std::string::npos ? "" : algorithm.substr(colon + 1);
   if (is_empty(op, params.problem)) return;
   const Algorithm& chosen = find(op, params, algorithm.substr(0, colon), config);
-  const std::string used = chosen.run(op, params, config, context);
+  std::string used;
+  try {
+    used = chosen.run(op, params, config, context);
+  } catch (const std::invalid_argument& error) {  // it depends on what `declines` is not told
+    throw declined_by(algorithm, error.what());
+  }
   if (asked_to_log())
     std::fprintf(stderr, "deconv_ext: %s %s%s%s\n", op_name(op), chosen.name,
                  used.empty() ? "" : ":", used.c_str());

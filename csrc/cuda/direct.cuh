@@ -5,9 +5,9 @@
 // for each source channel s, for each tap of the row, for each tap of the columns. It reads the
 // stretch of the source row that its run needs once per (s, row tap), in 16-byte accesses where
 // rows are aligned, and writes its run once. Lanes lie along columns where the columns of the
-// target are contiguous, along channels where these are. A source row is read by kernel_h /
-// stride_h row phases; they are rows of the same block, so that memory sees it once and L1 the
-// rest.
+// target are contiguous, along channels where these are. A source row is read by each target
+// row that it meets, kernel_h in forward and kernel_h / stride_h in grad_input; most of them are
+// rows of the same block, so that memory sees it once and L1 the rest.
 //
 // Shared memory: the block's weights as sums, [source][row tap][unit][slot][kTargets], the taps of
 // its row phases alone. `slots` is odd: lanes that differ in the unit meet different banks; lanes

@@ -15,7 +15,10 @@ std::string text;  // of the last call, until the next
 // Memory for a call, apart from everything else.
 class Workspaces {
  public:
+  explicit Workspaces(bool planned) : planned_(planned) {}
+
   void* operator()(size_t bytes) {
+    if (planned_) return reinterpret_cast<void*>(uintptr_t{1} << 30);
     constexpr size_t kAlignment = 256;
     memory_.emplace_back(new char[bytes + 3 * kAlignment]);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory_.back().get()) + kAlignment;
@@ -26,6 +29,7 @@ class Workspaces {
   }
 
  private:
+  bool planned_;  // nobody will touch it
   std::vector<std::unique_ptr<char[]>> memory_;
 };
 
@@ -68,9 +72,23 @@ const char* emulation_counts() {
   return text.c_str();
 }
 
+// The launches of a call, which are not run.
+const char* emulation_plan(int op, const deconv::Params* params, const char* algorithm,
+                           int allow_tf32, int* status) {
+  emulation::plan(true);
+  *status = guarded([&] {
+    Workspaces workspaces(true);
+    const deconv::cuda::Context context{nullptr, std::ref(workspaces), allow_tf32 != 0};
+    deconv::cuda::run(static_cast<deconv::Op>(op), *params, algorithm, context);
+  });
+  if (*status == 0) text = emulation::planned_launches();
+  emulation::plan(false);
+  return text.c_str();
+}
+
 int emulation_run(int op, const deconv::Params* params, const char* algorithm, int allow_tf32) {
   return guarded([&] {
-    Workspaces workspaces;
+    Workspaces workspaces(false);
     const deconv::cuda::Context context{nullptr, std::ref(workspaces), allow_tf32 != 0};
     deconv::cuda::run(static_cast<deconv::Op>(op), *params, algorithm, context);
   });
@@ -78,7 +96,7 @@ int emulation_run(int op, const deconv::Params* params, const char* algorithm, i
 
 int emulation_grad_bias(const deconv::GradBiasParams* params) {
   return guarded([&] {
-    Workspaces workspaces;
+    Workspaces workspaces(false);
     deconv::cuda::grad_bias(*params, {nullptr, std::ref(workspaces), false});
   });
 }

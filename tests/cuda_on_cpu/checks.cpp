@@ -20,6 +20,9 @@ constexpr size_t kGap = 256;
 
 constexpr int kNobody = -1, kSeveral = -2;
 
+// Accesses are followed by pairs of bytes, the smallest elements of kernels: each stands for two.
+constexpr size_t kPair = 2;
+
 // Of a byte of global memory: who wrote it last.
 struct GlobalByte {
   int launch = 0;  // 0: before any launch
@@ -49,14 +52,14 @@ std::vector<SharedByte> shared_shadow;
 std::unique_ptr<unsigned char[]> shared_storage;
 size_t shared_storage_bytes = ~size_t{0};
 
+Tensor* last_found = nullptr;
+
 Tensor* find(const void* address) {
-  static Tensor* last = nullptr;
   const char* p = static_cast<const char*>(address);
   const auto holds = [p](const Tensor* t) { return p >= t->begin && p < t->begin + t->bytes; };
+  if (last_found && holds(last_found)) return last_found;
   for (const auto& tensor : tensors)
-    if (tensor.get() == last && holds(last)) return last;
-  for (const auto& tensor : tensors)
-    if (holds(tensor.get())) return last = tensor.get();
+    if (holds(tensor.get())) return last_found = tensor.get();
   return nullptr;
 }
 
@@ -94,7 +97,8 @@ void check_global(int thread, Site site, Tensor& tensor, size_t at, size_t bytes
   if (access == Access::kWrite && tensor.kind == Kind::kInput)
     fail(thread, site, "writes to %s, an input", tensor.name.c_str());
   if (tensor.kind == Kind::kInput) return;
-  for (GlobalByte* b = &tensor.shadow[at]; b < &tensor.shadow[at] + bytes; ++b) {
+  GlobalByte* const first = tensor.shadow.data();
+  for (GlobalByte* b = first + at / kPair * kPair; b < first + at + bytes; b += kPair) {
     if (kPlainAccessesSeen && access == Access::kRead && !b->initialised)
       fail(thread, site, "reads byte %zu of %s, which is uninitialised", at, tensor.name.c_str());
     const bool ordered =
@@ -137,7 +141,7 @@ void check_not_written(int thread, Site site, const SharedByte& b, size_t at, Ac
 void check_shared(int thread, Site site, size_t at, size_t bytes, Access access) {
   const int16_t warp = static_cast<int16_t>(thread / kWarp), me = static_cast<int16_t>(thread);
   const uint32_t warp_epoch = machine.warp_epoch[static_cast<size_t>(warp)];
-  for (size_t i = at; i < at + bytes; ++i) {
+  for (size_t i = at / kPair * kPair; i < at + bytes; i += kPair) {
     SharedByte& b = shared_shadow[i];
     if (b.in_flight)
       fail(thread, site, "%s byte %zu of shared memory, whose asynchronous copy is in flight",
@@ -187,10 +191,11 @@ void add_tensor(void* data, size_t bytes, Kind kind, const char* name) {
 void remove_tensors() {
   for (const auto& t : tensors) ASAN_UNPOISON_MEMORY_REGION(t->begin - kGap, t->bytes + 2 * kGap);
   tensors.clear();
+  last_found = nullptr;
 }
 
 void fill(void* data, int value, size_t bytes) {
-  if (bytes == 0) return;
+  if (bytes == 0 || machine.planning) return;
   Tensor* tensor = find(data);
   const size_t at = tensor ? static_cast<size_t>(static_cast<char*>(data) - tensor->begin) : 0;
   if (!tensor || tensor->kind == Kind::kInput || at + bytes > tensor->bytes)

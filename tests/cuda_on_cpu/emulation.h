@@ -40,6 +40,11 @@ void set_attribute(int which, int value);
 void count(bool enabled);
 std::string counts();
 
+// Whether launches are only put down, after the checks that the driver makes: operands may be any
+// addresses then; the launches since as JSON.
+void plan(bool enabled);
+std::string planned_launches();
+
 // Copies without being checked: the argument lies with the host.
 void copy_argument(void* to, const void* from, size_t bytes);
 // Calls run(kernel, argument) once a thread.

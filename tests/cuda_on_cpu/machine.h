@@ -54,6 +54,7 @@ struct Machine {
   size_t shared_bytes = 0;
   uint64_t seed = 0;
   bool counting = false;
+  bool planning = false;  // launches are put down instead of run
 };
 
 extern Machine machine;

@@ -65,7 +65,7 @@ Machine machine;
 namespace {
 
 std::mt19937_64 random_order;
-std::string failure;
+std::string failure, planned;
 void* host_stack_pointer;
 
 struct Body {
@@ -215,6 +215,13 @@ void seed(uint64_t value) {
   random_order.seed(value);
 }
 
+void plan(bool enabled) {
+  machine.planning = enabled;
+  planned.clear();
+}
+
+std::string planned_launches() { return "[" + planned + "]"; }
+
 void fail(int thread, Site site, const char* format, ...) {
   char what[512], where[256];
   va_list arguments;
@@ -244,6 +251,15 @@ void launch_erased(void (*run)(const void*, const void*), const void* kernel, co
         std::string(name) + ": invalid launch: grid " + std::to_string(grid.x) + " x " +
         std::to_string(grid.y) + " x " + std::to_string(grid.z) + ", " + std::to_string(threads) +
         " threads, " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (machine.planning) {
+    char text[256];
+    std::snprintf(text, sizeof(text),
+                  "{\"kernel\": \"%s\", \"address\": \"%p\", \"blocks\": %lld, \"threads\": %zu, "
+                  "\"shared\": %zu}",
+                  name, kernel, static_cast<long long>(blocks), threads, shared_bytes);
+    planned += (planned.empty() ? "" : ", ") + std::string(text);
+    return;
+  }
   body = {run, kernel, argument};
   machine.kernel = name;
   ++machine.launch;
