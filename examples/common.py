@@ -203,7 +203,7 @@ def picture_grid(
         for axes, (title, picture) in zip(axes_row, pictures, strict=True):
             image = picture.detach().cpu().clamp(0, 1)
             image = image.movedim(0, -1).squeeze(-1) if image.ndim == 3 else image
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(title, fontsize=10)
             axes.set_axis_off()
     if legend:
