@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and measure; 0 if training brought all images closer and both operators agree."""
     parser = common.parser(__doc__)
     parser.add_argument("--penalty", action="store_true", help="WGAN-GP: differentiate twice")
-    options = common.parse(parser, argv, steps=500, quick_steps=40)
+    options = common.parse(parser, argv, steps=400, quick_steps=40)
     images, labels = digits(options.device)
     train, held_out = images.tensor_split(2)
     torch.manual_seed(options.seed)

@@ -91,8 +91,8 @@ def test_segmentation_learns_and_the_operators_agree(tmp_path: Path) -> None:
         assert number(table[f"unet, {operator}"][-1]) > IOU_BOUND > nothing
 
 
-#: TO MEASURE
-IOU_BOUND = 0.12
+#: Measured: 0.155 with seed 0; a prediction of background alone has 0.075.
+IOU_BOUND = 0.11
 
 
 def test_predictions_that_miss_the_bound(example: Any) -> None:
@@ -145,11 +145,6 @@ def test_gan_comes_closer_and_remedies_lower_the_checkerboard(tmp_path: Path) ->
             assert number(start) == 0.0 and number(end) < 20.0
         else:
             assert number(start) > 50.0 and number(end) > 40.0
-
-
-def test_gan_with_gradient_penalty_trains_alike(tmp_path: Path) -> None:
-    output, table = quickly("gan", tmp_path, "--penalty", "--steps", "10")
-    assert "as rounding does" in output and len(table) == 2
 
 
 def test_the_penalty_differentiates_our_operator_twice(example: Any) -> None:
