@@ -272,7 +272,7 @@ def draw_quality(found: dict[str, Quality], floor: float, real_share: float, pat
         shares = [list(quality.response.values())[at] for quality in found.values()]
         middle.barh([row + offset for row in rows], shares, 0.4, label=label)
     middle.set(xlabel="share of energy", title="checkerboard in responses to constants")
-    middle.legend(fontsize=8)
+    middle.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     middle.set_yticks(rows, list(found), fontsize=8)
     middle.invert_yaxis()
     for name, quality in found.items():
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     runs = networks(options)
     found = {f"{run.name}, {run.operator}": Quality() for run in runs}
-    marks = {round(options.steps * part) for part in (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1)}
+    marks = {round(options.steps * part) for part in (0, 0.1, 0.2, 0.4, 0.7, 1)}
     rows = []
 
     def measure(step: int) -> None:

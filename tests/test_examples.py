@@ -139,7 +139,7 @@ def test_gan_comes_closer_and_remedies_lower_the_checkerboard(tmp_path: Path) ->
     output, table = quickly("gan", tmp_path)
     assert "as rounding does" in output
     assert len(table) == 5
-    for name, (*_, before, after, start, end, _) in table.items():
+    for name, (*_, before, after, start, end, _, _) in table.items():
         assert number(after) < number(before) / 2, name
         if "icnr" in name:
             assert number(start) == 0.0 and number(end) < 20.0
