@@ -167,8 +167,7 @@ class Quality:
 
     pictures: dict[str, Tensor]
     scores: dict[str, tuple[float, float]]  # PSNR in dB, SSIM
-    pattern: Tensor  # on even greys, see `even_ripple`
-    dc_share: float  # of the transposed convolution where it is largest
+    pattern: Tensor | None = None  # on even greys, see `even_ripple`
 
     @property
     def psnr(self) -> float:
@@ -226,11 +225,12 @@ def evaluate(model: nn.Module | None, task: Task, device: torch.device) -> Quali
             after = before + added
         pictures[name] = after
         scores[name] = similarity(sr.luminance(after), sr.luminance(truth))
-    if not model:
-        return Quality(pictures, scores, torch.zeros(1), 0.0)
-    pattern = even_ripple(model, task.period, device)
-    share = max(checkerboard.dc_share(layer) for _, layer in phases.layers(model))
-    return Quality(pictures, scores, pattern, share)
+    return Quality(pictures, scores, even_ripple(model, task.period, device) if model else None)
+
+
+def dc_share(model: nn.Module) -> float:
+    """Of the transposed convolution where it is largest, see `deconv_ext.checkerboard`."""
+    return max(checkerboard.dc_share(layer) for _, layer in phases.layers(model))
 
 
 # --- the program ---------------------------------------------------------------------------------
@@ -309,33 +309,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = train(task, options)
         before = evaluate(None, task, options.device)
         found = [evaluate(run.model, task, options.device) for run in runs]
+        shares = [dc_share(run.model) for run in runs]
         columns = {
             "PSNR": [f"{quality.psnr:.2f}" for quality in found],
             "SSIM": [f"{quality.ssim:.4f}" for quality in found],
             "ripple": [f"{quality.ripple:.3f}" for quality in found],
-            "DC share": [f"{quality.dc_share:.3f}" for quality in found],
+            "DC share": [f"{share:.3f}" for share in shares],
         }
         print(f"\n{task.name}; {task.baseline}: PSNR {before.psnr:.2f}, SSIM {before.ssim:.4f}")
         print(common.table(runs, columns))
         right &= common.agree(runs)
         by_remedy: dict[str, Quality] = {}
-        for run, quality in zip(runs, found, strict=True):
-            by_remedy.setdefault(run.name.removeprefix(f"{task.name}, "), quality)
+        for run, quality, share in zip(runs, found, shares, strict=True):
+            remedy = run.name.removeprefix(f"{task.name}, ")
+            by_remedy.setdefault(remedy, quality)
             if quality.psnr <= before.psnr or quality.ssim <= before.ssim:
                 right = False
                 print(f"FAILED: {run.name}, {run.operator}: no better than {task.baseline}")
-        plain = by_remedy["none"]
-        for remedy, quality in list(by_remedy.items())[1:]:
-            print(
-                f"{remedy}: ripple {quality.ripple / plain.ripple - 1:+.0%}, "
-                f"DC share {quality.dc_share / plain.dc_share - 1:+.0%}, "
-                f"PSNR {quality.psnr - plain.psnr:+.2f} dB, SSIM {quality.ssim - plain.ssim:+.4f}"
-            )
-        if by_remedy["icnr_"].dc_share >= plain.dc_share:
+            if remedy != "none":
+                print(
+                    f"{remedy}: ripple {quality.ripple / found[0].ripple - 1:+.0%}, "
+                    f"DC share {share / shares[0] - 1:+.0%}, "
+                    f"PSNR {quality.psnr - found[0].psnr:+.2f} dB, "
+                    f"SSIM {quality.ssim - found[0].ssim:+.4f}"
+                )
+        if shares[-1] >= shares[0]:  # the last remedy is icnr_
             right = False
             print("FAILED: icnr_ leaves the phases as uneven as they were")
         everything += runs
-        before_after[task.name] = (before, plain)
+        before_after[task.name] = (before, found[0])
         remedies[task.name] = by_remedy
     print(
         "\nPSNR (dB) and SSIM: luminance, means over held-out photographs; ripple: checkerboard on "
