@@ -195,7 +195,7 @@ def picture_grid(
     shape = rows[0][0][1].shape
     height = width * shape[-2] / shape[-1] + 0.3
     figure = Figure(
-        figsize=(width * len(rows[0]), height * len(rows) + 0.4 * bool(legend)),
+        figsize=(width * len(rows[0]), height * len(rows) + 0.6 * bool(legend)),
         layout="constrained",
     )
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
@@ -203,12 +203,12 @@ def picture_grid(
         for axes, (title, picture) in zip(axes_row, pictures, strict=True):
             image = picture.detach().cpu().clamp(0, 1)
             image = image.movedim(0, -1).squeeze(-1) if image.ndim == 3 else image
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(title, fontsize=10)
             axes.set_axis_off()
     if legend:
         patches = [Patch(facecolor=colour, label=label) for label, colour in legend.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+        figure.legend(handles=patches, loc="outside lower center", ncols=6)
     save(figure, path)
 
 

@@ -1,12 +1,19 @@
-"""The examples that only compute and draw do so, and fail when the operator is wrong."""
+"""The examples give the numbers that they promise, and fail where these are wrong."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import deconv_ext
 from deconv_ext import demo
@@ -38,3 +45,142 @@ def test_a_wrong_operator_is_found(
 
     monkeypatch.setattr(deconv_ext.functional, "conv_transpose2d", flipped)
     assert principle["main"](["--output", str(tmp_path)]) == 1
+
+
+# --- those that train ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports an example by name, as a script sees itself: with its folder on the path."""
+    monkeypatch.syspath_prepend(str(demo.EXAMPLES))
+    return importlib.import_module
+
+
+def quickly(name: str, output: Path, *arguments: str) -> tuple[str, dict[str, list[str]]]:
+    """What `python examples/NAME.py --quick` prints, and the cells of its table by its first two
+    columns; it must succeed and draw."""
+    script = demo.EXAMPLES / f"{name}.py"
+    path = os.pathsep.join([str(demo.EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--output", output, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pictures = sorted(output.glob("*.png"))
+    assert [path.name for path in pictures] == [f"{name}.png", f"{name}_{CURVES[name]}.png"]
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+    rows = (re.split(r"\s{2,}", line) for line in done.stdout.splitlines())
+    return done.stdout, {f"{row[0]}, {row[1]}": row[2:] for row in rows if len(row) > 5}
+
+
+CURVES = {"segmentation": "curves", "gan": "quality"}
+
+
+def number(cell: str) -> float:
+    return float(cell.removesuffix("%"))
+
+
+def test_segmentation_learns_and_the_operators_agree(tmp_path: Path) -> None:
+    output, table = quickly("segmentation", tmp_path)
+    assert "as rounding does" in output
+    nothing = float(output.split("background alone ")[1].split()[0])
+    for operator in ("deconv_ext", "torch"):
+        assert number(table[f"unet, {operator}"][-1]) > IOU_BOUND > nothing
+
+
+#: TO MEASURE
+IOU_BOUND = 0.12
+
+
+def test_predictions_that_miss_the_bound(example: Any) -> None:
+    """The bound tells a trained network from an untrained one."""
+    segmentation = example("segmentation")
+    _, held_out = segmentation.glyphs()
+    scenes, truth = segmentation.compose(held_out, 16, torch.Generator().manual_seed(0))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        untrained = segmentation.build("unet", "deconv_ext", "default")
+        prediction = segmentation.predict(untrained, scenes)
+        assert segmentation.iou(prediction, truth).mean() < IOU_BOUND
+
+
+def test_iou_of_known_pixels(example: Any) -> None:
+    truth = torch.tensor([0, 0, 1, 1, 2, 2]).repeat(4, 1)
+    prediction = torch.tensor([0, 1, 1, 1, 2, 0]).repeat(4, 1)
+    found = example("segmentation").iou(prediction, truth)
+    assert found[:3].tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 2])
+
+
+def test_scenes_hold_digits_of_their_own_set_alone(example: Any) -> None:
+    segmentation = example("segmentation")
+    sets = segmentation.glyphs()
+    train, held_out = ({image.numpy().tobytes() for image in images} for images, _ in sets)
+    assert len(train) + len(held_out) > 1700 and not train & held_out
+    images, labels = sets[1]
+    sevens = images[labels == 7], labels[labels == 7]
+    scenes, truth = segmentation.compose(sevens, 4, torch.Generator().manual_seed(0))
+    assert truth.unique().tolist() == [0, 8] and scenes.shape == (4, 1, 64, 64)
+    assert scenes[:, 0][truth == 8].mean() > 0.5 > scenes[:, 0][truth == 0].mean()
+
+
+def test_heads_of_fcn_start_as_bilinear_interpolation(example: Any) -> None:
+    model = example("segmentation").build("fcn", "deconv_ext", "bilinear")
+    x = torch.randn(1, 11, 6, 6)
+    for up in model.up:
+        want = F.interpolate(x, scale_factor=2, mode="bilinear")
+        torch.testing.assert_close(up(x)[..., 1:-1, 1:-1], want[..., 1:-1, 1:-1])
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 11, 64, 64)
+
+
+def test_gan_comes_closer_and_remedies_lower_the_checkerboard(tmp_path: Path) -> None:
+    output, table = quickly("gan", tmp_path)
+    assert "as rounding does" in output
+    assert len(table) == 5
+    for name, (*_, before, after, start, end, _) in table.items():
+        assert number(after) < number(before) / 2, name
+        if "icnr" in name:
+            assert number(start) == 0.0 and number(end) < 20.0
+        else:
+            assert number(start) > 50.0 and number(end) > 40.0
+
+
+def test_gan_with_gradient_penalty_trains_alike(tmp_path: Path) -> None:
+    output, table = quickly("gan", tmp_path, "--penalty", "--steps", "10")
+    assert "as rounding does" in output and len(table) == 2
+
+
+def test_the_penalty_differentiates_our_operator_twice(example: Any) -> None:
+    gan = example("gan")
+    real, fake = torch.randn(2, 3, 1, 32, 32).double()
+    gradients = []
+    for layer in (deconv_ext.ConvTranspose2d, torch.nn.ConvTranspose2d):
+        torch.manual_seed(0)
+        critic = gan.Critic(layer, decoder=True).double()
+        gan.gradient_penalty(critic, real, fake, torch.rand(3, 1, 1, 1).double()).backward()
+        gradients.append([up.weight.grad for up in critic.up])
+        assert all(gradient.abs().max() > 1e-6 for gradient in gradients[-1])
+    torch.testing.assert_close(*gradients)
+
+
+def test_frechet_distance_of_known_features(example: Any) -> None:
+    """Independent features: squares of the differences of means and of standard deviations."""
+    frechet = example("gan").frechet
+    x = torch.randn(500, 3, dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(0))[0] * 499**0.5  # mean 0, covariance 1
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet(x, 3 * x + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(1 + 4 + 3 * 2**2)
+
+
+def test_curves_that_part_are_told(example: Any, capsys: pytest.CaptureFixture) -> None:
+    common = example("common")
+    runs = [
+        common.Run("net", name, torch.nn.Identity(), lambda batch: batch, losses, [1e-3] * 2)
+        for name, losses in (("deconv_ext", [2.0, 1.0]), ("torch", [2.0, 1.01]))
+    ]
+    assert not common.agree(runs)
+    assert "5.0e-03" in capsys.readouterr().out
+    runs[1].losses[1] = 1.0 + 1e-5
+    assert common.agree(runs)
