@@ -17,7 +17,8 @@ The rivals of a transposed convolution with C_in, C_out channels, kernel k and s
 
 Quality, on held-out data, is of the whole network: PSNR in dB, and mean IoU. So is the checkerboard
 on even inputs (the root mean square over phases, in 1/255 of the range of the output). Parameters,
-multiply-adds, times and memory are of the stages alone, on one training batch.
+multiply-adds, times and memory are of the stages alone, on one training batch. Times on a CPU are
+processor time of one thread, which other programs disturb little; on CUDA between two events.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import os
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from torch import Tensor, nn
 
 from deconv_ext import bench_table, init, phases, report
 from deconv_ext.bench_machine import environment
-from deconv_ext.bench_timing import EventTimer, GatedTimer, Timer
+from deconv_ext.bench_timing import EventTimer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import common  # noqa: E402
@@ -159,7 +161,7 @@ def super_resolution(device: torch.device) -> Task:
         lambda output: output,
         SCALE,
         tuple(name for name in RIVALS if name != UNPOOLING),
-        (300, 40),
+        (200, 40),
     )
 
 
@@ -176,12 +178,6 @@ def segmentation_task(device: torch.device, scenes: int) -> Task:
         network = UnpoolingUNet if rival == UNPOOLING else segmentation.UNet
         return network(common.OPERATORS[operator])
 
-    def batches(seed: int) -> Iterator[list[Tensor]]:
-        random = torch.Generator().manual_seed(seed)
-        while True:
-            batch = segmentation.compose(train, SCENES, random)
-            yield [tensor.to(device) for tensor in batch]
-
     def quality(model: nn.Module) -> float:
         return float(segmentation.iou(segmentation.predict(model, images), truth).mean())
 
@@ -189,7 +185,7 @@ def segmentation_task(device: torch.device, scenes: int) -> Task:
         "segmentation",
         "mean IoU",
         build,
-        batches,
+        lambda seed: segmentation.batches(train, SCENES, seed, device),
         nn.CrossEntropyLoss(weight),
         segmentation.LEARNING_RATE,
         quality,
@@ -270,6 +266,25 @@ def passes(stages: Sequence[nn.Module], inputs: Sequence[Tensor]) -> tuple[Funct
     return forward, backward
 
 
+def microseconds(
+    functions: dict[str, Function], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Median time of a call of each, measured in turns."""
+    if device.type == "cuda":
+        timings = EventTimer(device, samples=rounds).compare(lambda copy: functions)
+        return {name: timing.us for name, timing in timings.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds + 2):  # the first two warm up
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            taken[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    return {name: 1e6 * statistics.median(seconds[2:]) for name, seconds in taken.items()}
+
+
 def peak_memory(function: Function, device: torch.device) -> int | None:
     """The most bytes that a call holds at once, beyond those held before; None where unknown.
 
@@ -317,7 +332,6 @@ class Row:
     multiply_adds: int
     forward_us: float
     backward_us: float
-    noisy: bool  # too few samples of the times were quiet
     peak_bytes: int | None  # forward and backward
 
     def spread(self, name: str) -> str:
@@ -346,7 +360,7 @@ def train(task: Task, seeds: int, steps: int, device: torch.device) -> dict[str,
     return found
 
 
-def costs(task: Task, timer: Timer, device: torch.device) -> dict[str, dict[str, Any]]:
+def costs(task: Task, device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
     """Parameters, multiply-adds, times and memory of the stages of every rival."""
     batch = next(task.batches(0))[0]
     functions: dict[str, tuple[Function, Function]] = {}
@@ -367,10 +381,8 @@ def costs(task: Task, timer: Timer, device: torch.device) -> dict[str, dict[str,
         }
     for index, name in enumerate(("forward_us", "backward_us")):
         chosen = {rival: both[index] for rival, both in functions.items()}
-        times = timer.compare(lambda copy, chosen=chosen: chosen)
-        for rival, timing in times.items():
-            found[rival][name] = timing.us
-            found[rival]["noisy"] = found[rival].get("noisy", False) or timing.noisy
+        for rival, us in microseconds(chosen, device, rounds).items():
+            found[rival][name] = us
     return found
 
 
@@ -416,7 +428,6 @@ def table(rows: Sequence[Row]) -> str:
     header = ("task", "rival", "quality", "ripple", "parameters", "M multiply-adds")
     lines: list[Sequence[str]] = [(*header, "forward ms", "backward ms", "peak MiB")]
     for row in rows:
-        mark = "~" if row.noisy else ""
         lines.append(
             (
                 f"{row.task}, {row.measure}",
@@ -425,15 +436,14 @@ def table(rows: Sequence[Row]) -> str:
                 row.spread("ripple"),
                 str(row.parameters),
                 f"{1e-6 * row.multiply_adds:.1f}",
-                f"{mark}{1e-3 * row.forward_us:.2f}",
-                f"{mark}{1e-3 * row.backward_us:.2f}",
+                f"{1e-3 * row.forward_us:.2f}",
+                f"{1e-3 * row.backward_us:.2f}",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
             )
         )
     return report.table(
         lines,
         "quality and ripple (1/255): mean ± half the range over seeds; the rest: the stages alone",
-        "~: too few quiet moments, the fastest samples stand in",
     )
 
 
@@ -507,15 +517,12 @@ def compare(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     """Measure everything; the result is in `<output>/upsampling.json` too, task by task."""
     device, quick = options.device, options.quick
     seeds = options.seeds or (1 if quick else 2)
-    timer: Timer = EventTimer(device) if device.type == "cuda" else GatedTimer(device, seconds=4)
-    if quick:
-        timer.samples, timer.seconds = 3, 0.2
-    load = os.getloadavg()[0]  # above the number of cores, others ran too: times are rough
+    load = os.getloadavg()[0]  # processes that ran or waited
     facts = environment(device, seeds=seeds, load=load)
     rows = []
     for task in (super_resolution(device), segmentation_task(device, 16 if quick else 128)):
         steps = options.steps or task.steps[quick]
-        measured = costs(task, timer, device)
+        measured = costs(task, device, 3 if quick else 15)
         for rival, (quality, ripple) in train(task, seeds, steps, device).items():
             row = Row(task.name, task.measure, rival, steps, quality, ripple, **measured[rival])
             rows.append(row)
