@@ -274,24 +274,29 @@ def draw_pictures(found: dict[str, tuple[Quality, Quality]], path: Path) -> None
     common.picture_grid(rows, path, width=3.6)
 
 
-def draw_checkerboards(found: dict[str, dict[str, Quality]], path: Path) -> None:
-    """What each network adds to an even grey: a row for each task, a column for each remedy."""
-    figure = Figure(figsize=(3.1 * len(REMEDIES), 2.9 * len(found)), layout="constrained")
+def draw_checkerboards(found: dict[str, dict[str, tuple[Quality, float]]], path: Path) -> None:
+    """What each network adds to an even grey: a row for each task, a column for each remedy.
+
+    `found` holds qualities and DC shares.
+    """
+    figure = Figure(figsize=(3.1 * len(REMEDIES), 3.2 * len(found)), layout="constrained")
     grid = figure.subplots(len(found), len(REMEDIES), squeeze=False)
     for axes_row, (task, qualities) in zip(grid, found.items(), strict=True):
-        grey = len(qualities["none"].pattern) // 2
-        patterns = {name: quality.pattern[grey, 0] for name, quality in qualities.items()}
+        grey = len(qualities["none"][0].pattern) // 2
+        patterns = {name: quality.pattern[grey, 0] for name, (quality, _) in qualities.items()}
         limit = max(float(pattern.abs().max()) for pattern in patterns.values())
         for axes, remedy in zip(axes_row, REMEDIES, strict=True):
             if remedy not in qualities:
                 axes.set_axis_off()
                 axes.text(0.5, 0.5, "9 is a multiple of 3:\nnothing to widen", ha="center")
                 continue
-            quality, pattern = qualities[remedy], patterns[remedy]
+            (quality, share), pattern = qualities[remedy], patterns[remedy]
             tiled = pattern.repeat(12 // pattern.shape[0], 12 // pattern.shape[1])
             picture = axes.imshow(tiled, cmap="coolwarm", vmin=-limit, vmax=limit)
             axes.set_title(
-                f"{task}, {remedy}\nrms {quality.ripple:.2f}, {quality.psnr:.2f} dB", fontsize=10
+                f"{task}, {remedy}: {quality.psnr:.2f} dB\nDC share {share:.3f}, "
+                f"rms {quality.ripple:.2f}",
+                fontsize=10,
             )
             axes.set(xlabel="column (pixels)", ylabel="row (pixels)")
         figure.colorbar(picture, ax=axes_row, label="added to an even grey\n(levels of 255)")
@@ -303,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = common.parse(common.parser(__doc__), argv, steps=400, quick_steps=50)
     everything: list[common.Run] = []
     before_after: dict[str, tuple[Quality, Quality]] = {}
-    remedies: dict[str, dict[str, Quality]] = {}
+    remedies: dict[str, dict[str, tuple[Quality, float]]] = {}
     right = True
     for task in TASKS:
         runs = train(task, options)
@@ -319,10 +324,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{task.name}; {task.baseline}: PSNR {before.psnr:.2f}, SSIM {before.ssim:.4f}")
         print(common.table(runs, columns))
         right &= common.agree(runs)
-        by_remedy: dict[str, Quality] = {}
+        by_remedy: dict[str, tuple[Quality, float]] = {}
         for run, quality, share in zip(runs, found, shares, strict=True):
             remedy = run.name.removeprefix(f"{task.name}, ")
-            by_remedy.setdefault(remedy, quality)
+            by_remedy.setdefault(remedy, (quality, share))
             if quality.psnr <= before.psnr or quality.ssim <= before.ssim:
                 right = False
                 print(f"FAILED: {run.name}, {run.operator}: no better than {task.baseline}")
