@@ -416,7 +416,7 @@ TIE = 0.05
 MEASURES = (
     Measure("quality", lambda row: row.quality, more_is_better=True),
     Measure("ripple on even inputs (1/255)", lambda row: row.ripple),
-    Measure("parameters", lambda row: row.parameters),
+    Measure("parameters (thousands)", lambda row: 1e-3 * row.parameters),
     Measure("multiply-adds (millions)", lambda row: 1e-6 * row.multiply_adds),
     Measure("forward (ms)", lambda row: 1e-3 * row.forward_us),
     Measure("backward (ms)", lambda row: 1e-3 * row.backward_us),
@@ -484,7 +484,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A row of panels for each task, a panel for each measure, a bar for each rival."""
+    """A row of panels for each task, a panel for each measure, a bar for each rival.
+
+    Dots are single seeds.
+    """
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure = Figure(figsize=(17, 3.2 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(MEASURES), squeeze=False)

@@ -305,7 +305,7 @@ def draw_checkerboards(found: dict[str, dict[str, tuple[Quality, float]]], path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, compare; 0 if every network beats its input and `icnr_` evens the phases out."""
-    options = common.parse(common.parser(__doc__), argv, steps=400, quick_steps=50)
+    options = common.parse(common.parser(__doc__), argv, steps=400, quick_steps=120)
     everything: list[common.Run] = []
     before_after: dict[str, tuple[Quality, Quality]] = {}
     remedies: dict[str, dict[str, tuple[Quality, float]]] = {}

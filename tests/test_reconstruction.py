@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from project import ROOT
 
-#: dB above the input that the quick mode must reach, half of what it did when this was written.
-GAINS = {"x2": 0.1, "x3": 0.05, "deblurring": 0.6}
+#: dB above the input that the quick mode must reach, with margin: what it does is about twice that.
+GAINS = {"x2": 0.15, "x3": 0.08, "deblurring": 0.6}
 
 
 def quick(script: str, output: Path) -> str:
