@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,14 @@ from tqdm import tqdm
 import deconv_ext
 
 SCALE = 3
-PATCH = 20  # low-resolution pixels
+PATCH = 20  # pixels of the input
 BATCH = 16
 LEARNING_RATE = 4e-3
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
-    """A photograph as [1, 3, H, W] in 0..1, cropped to multiples of SCALE."""
-    height, width = (side // SCALE * SCALE for side in image.shape[:2])
+    """A photograph as [1, 3, H, W] in 0..1, cropped so that 2, 3 and 4 divide its sides."""
+    height, width = (side // 12 * 12 for side in image.shape[:2])
     pixels = util.img_as_float32(image[:height, :width])
     if pixels.ndim == 2:
         pixels = np.stack([pixels] * 3, axis=-1)
@@ -50,6 +50,7 @@ def test_crops() -> dict[str, Tensor]:
     return {
         "coffee": as_tensor(data.coffee()[60:300, 130:430]),
         "chelsea": as_tensor(data.chelsea()[60:270, 90:390]),
+        "coins": as_tensor(data.coins()[96:288, 36:324]),
     }
 
 
@@ -60,10 +61,18 @@ def resize(image: Tensor, scale: float) -> Tensor:
 
 
 class SuperResolution(nn.Module):
-    """[N, 1, H, W] to [N, 1, SCALE*H, SCALE*W]: bicubic plus what the network adds to it."""
+    """[N, 1, H, W] to [N, 1, scale*H, scale*W]: bicubic plus what the network adds to it."""
 
-    def __init__(self, channels: int = 32, narrow: int = 8, depth: int = 2) -> None:
+    def __init__(
+        self,
+        scale: int = SCALE,
+        operator: type[nn.ConvTranspose2d] = deconv_ext.ConvTranspose2d,
+        channels: int = 32,
+        narrow: int = 8,
+        depth: int = 2,
+    ) -> None:
         super().__init__()
+        self.scale = scale
         layers: list[nn.Module] = [
             nn.Conv2d(1, channels, 5, padding=2),
             nn.PReLU(channels),
@@ -77,13 +86,13 @@ class SuperResolution(nn.Module):
             if isinstance(layer, nn.Conv2d):  # keep the signal: training lasts a minute
                 nn.init.kaiming_normal_(layer.weight, a=0.25)
         self.features = nn.Sequential(*layers)
-        self.upsample = deconv_ext.ConvTranspose2d(
-            channels, 1, kernel_size=9, stride=SCALE, padding=4, output_padding=SCALE - 1
+        self.upsample: nn.Module = operator(
+            channels, 1, kernel_size=9, stride=scale, padding=4, output_padding=scale - 1
         )
         nn.init.normal_(self.upsample.weight, std=1e-2)  # start near bicubic
 
     def forward(self, image: Tensor) -> Tensor:
-        return resize(image, SCALE) + self.upsample(self.features(image - 0.5))
+        return resize(image, self.scale) + self.upsample(self.features(image - 0.5))
 
 
 def luminance(image: Tensor) -> Tensor:
@@ -91,26 +100,35 @@ def luminance(image: Tensor) -> Tensor:
     return (image * weights).sum(dim=1, keepdim=True)
 
 
-def random_patches(pairs: list[tuple[Tensor, Tensor]], rng: np.random.Generator) -> list[Tensor]:
-    """A batch (low, high): patches at random places of random photographs, flipped and turned."""
-    lows: list[Tensor] = []
-    highs: list[Tensor] = []
+def training_pairs(degrade: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(input, truth) of every training photograph, luminance [1, 1, H, W]."""
+    return [(degrade(luminance(photo)), luminance(photo)) for photo in training_photographs()]
+
+
+def random_patches(
+    pairs: list[tuple[Tensor, Tensor]], rng: np.random.Generator, size: int = PATCH
+) -> list[Tensor]:
+    """A batch (inputs, truths): patches at random places of random photographs, flipped, turned."""
+    inputs: list[Tensor] = []
+    truths: list[Tensor] = []
     for _ in range(BATCH):
         low, high = pairs[rng.integers(len(pairs))]
-        top, left = (rng.integers(side - PATCH + 1) for side in low.shape[2:])
+        top, left = (rng.integers(side - size + 1) for side in low.shape[2:])
         turns, flip = int(rng.integers(4)), [3] if rng.integers(2) else []
-        for image, scale, patches in ((low, 1, lows), (high, SCALE, highs)):
-            y, x, size = top * scale, left * scale, PATCH * scale
-            patch = image[..., y : y + size, x : x + size]
+        for image, scale, patches in (
+            (low, 1, inputs),
+            (high, high.shape[3] // low.shape[3], truths),
+        ):
+            y, x, side = top * scale, left * scale, size * scale
+            patch = image[..., y : y + side, x : x + side]
             patches.append(patch.rot90(turns, (2, 3)).flip(flip))
-    return [torch.cat(lows), torch.cat(highs)]
+    return [torch.cat(inputs), torch.cat(truths)]
 
 
-def train(model: nn.Module, steps: int, seconds: float, seed: int) -> None:
+def train(
+    model: nn.Module, pairs: list[tuple[Tensor, Tensor]], steps: int, seconds: float, seed: int
+) -> None:
     """Adam with a learning rate that falls to zero after `steps` or, if sooner, `seconds`."""
-    pairs = [
-        (resize(luminance(photo), 1 / SCALE), luminance(photo)) for photo in training_photographs()
-    ]
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.Adam(model.parameters())
     start = time.perf_counter()
@@ -158,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(options.seed)
     model = SuperResolution()
-    train(model, options.steps, options.seconds, options.seed)
+    pairs = training_pairs(lambda photo: resize(photo, 1 / SCALE))
+    train(model, pairs, options.steps, options.seconds, options.seed)
 
     better = True
     rows = {}
