@@ -6,7 +6,7 @@
 //       pack the pixels
 //       for each class, tile of rows, tile of pixels:
 //         multiply_tile over the class's taps; taps that no pixel of the tile has are skipped
-//     add the bias, put the phases back into their places, round, store
+//     add the bias, apply the activation, put the phases back into their places, round, store
 //
 //   packed weights  [group][chunk][block of channels][class][tile of rows][tap][channel][row_width]
 //   packed pixels   [tile of pixels][offset][channel][lanes]  or  [pixel][offset][channel]
@@ -146,7 +146,7 @@ struct GatherGemm {
       Carver carver(memory);
       panel = carver.take<T>(pixels * plan.channel_block * plan.offset_block + lanes);
       sums = carver.take<T>(pixels * plan.padded_rows);
-      bias = carver.take<T>(plan.row_chunk);
+      bias = carver.take<T>(plan.padded_rows);
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
       in_place = carver.take<const T*>(plan.block_tiles);
       runs = carver.take<PixelRun>(pixels);
@@ -177,6 +177,7 @@ struct GatherGemm {
                    segments, row_offsets, sums);
         }
       store.repair(group, chunk, joined, joined_count, tiles, sums);
+      store.activate(group, chunk, tiles, sums, bias);
       store.store(group, chunk, joined, joined_count, sums, bias);
     }
   }

@@ -1,8 +1,9 @@
 // What follows the gather product (gather_gemm.h): from the sums of a block to the target. Bias,
-// one rounding, phases back to their places.
+// activation, one rounding, phases back to their places.
 #pragma once
 
 #include "../reference/elements.h"
+#include "activate.h"
 #include "gather_pack.h"
 #include "interleave.h"
 
@@ -38,6 +39,7 @@ struct GatherStore {
     if (clean) return;
     Params params = plan.params;
     params.bias = nullptr;
+    params.activation = Activation::kNone;
     const int64_t first = group * plan.rows + chunk * plan.row_chunk;
     for_each_place(
         chunk, runs, run_count,
@@ -83,11 +85,34 @@ struct GatherStore {
                : T(0);
   }
 
+  // Bias and activation of a block, if there is one: one more pass over sums in the cache costs
+  // less than all forms of the store for each activation. `bias` has room for the padded rows.
+  void activate(int64_t group, int64_t chunk, int64_t tiles, T* sums, T* bias) const {
+    if (plan.params.activation == Activation::kNone) return;
+    const int64_t first = group * plan.rows + chunk * plan.row_chunk,
+                  rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
+                  pixels = tiles * plan.pixel_width;
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      for (int64_t i = 0; i < g.padded_rows; ++i) bias[i] = 0;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw)
+            bias[plan.row_of(h, w, rows, row, rh, rw)] = bias_of(first + row);
+      const int64_t class_rows = rows * h.phases * w.phases;
+      activate_lines<T>(
+          plan.params,
+          {sums + plan.sum_at(g.first_row, 0), plan.rows_across ? pixels : class_rows,
+           plan.sum_pitch(), plan.rows_across ? class_rows : pixels, bias, !plan.rows_across});
+    }
+  }
+
   DECONV_PHASE void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
                           const T* sums, T* bias) const {
     const int64_t first = group * plan.rows + chunk * plan.row_chunk,
                   rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
-    for (int64_t row = 0; row < rows; ++row) bias[row] = bias_of(first + row);
+    const bool activated = plan.params.activation != Activation::kNone;  // with the bias
+    for (int64_t row = 0; row < rows; ++row) bias[row] = activated ? T(0) : bias_of(first + row);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
     if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
