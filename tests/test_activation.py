@@ -97,7 +97,7 @@ def test_at_least_as_close_as_two_operators(name: str, dtype: torch.dtype) -> No
     want = FUNCTIONS[name](define("forward", case, t), SLOPE)
     one = (forward(case, t, name) - want).abs()
     two = (FUNCTIONS[name](C.forward(t.x, t.w, t.bias, *case.geometry), SLOPE) - want).abs()
-    assert one.max() <= 1.5 * two.max() and one.mean() <= 1.05 * two.mean()
+    assert one.max() <= 1.5 * two.max() and one.mean() <= 1.1 * two.mean()
 
 
 def values(dtype: torch.dtype) -> Tensor:

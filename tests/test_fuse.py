@@ -238,9 +238,8 @@ def test_dtype_layout_and_requires_grad_are_kept(dtype):
 def test_report_prints_a_table():
     model = settle(Block())
     lines = str(fuse(model, torch.randn(2, 4, 5, 6))).splitlines()
-    assert (
-        lines[0].split() == "layer batch norm activation status max abs diff max rel diff".split()
-    )
+    heads = "layer batch norm activation status max abs diff max rel diff"
+    assert lines[0].split() == heads.split()
     column = lines[0].index("status")
     rows = [line for line in lines[2:-1]]
     assert all(row[column:].startswith(("fused", "left alone: ")) for row in rows)

@@ -124,7 +124,9 @@ template <class T>
 inline Vector<T> vector_tanh(Vector<T> x) {
   const Exponential<T> e = exponential<T>(-2 * magnitude<T>(x), Vector<T>{});
   const Vector<T> scale = e.first * e.second, t = scale * e.p + (scale - 1);  // exp(-2|x|) - 1
-  const Vector<T> y = -t / (2 + t);
+  // -t / (2 + t), or from about the middle on 1 - 2 (1 + t) / (2 + t), where no error of t matters
+  const Vector<T> far = t < T(-0.5) ? broadcast(T(1)) : Vector<T>{};
+  const Vector<T> quotient = (far > 0 ? -2 * e.value() : -t) / (2 + t), y = far + quotient;
   return x < 0 ? -y : y;
 }
 
@@ -161,7 +163,7 @@ struct SumLines {
 };
 
 template <Activation kActivation, class T>
-DECONV_PHASE void activate_each(const SumLines<T>& s, T slope) {
+DECONV_PHASE void activate_each(SumLines<T> s, T slope) {
   T* values = s.values;
   for (int64_t line = 0; line < s.lines; ++line, values += s.pitch)
     for (int64_t i = 0; i < s.count; i += kLanes<T>) {
@@ -174,7 +176,7 @@ DECONV_PHASE void activate_each(const SumLines<T>& s, T slope) {
 // values[line * pitch + i] = activation(the same + bias[line or i]), i < count, in whole vectors:
 // values, and a bias for each place of a line, have room for them.
 template <class T>
-inline void activate_lines(const Params& params, const SumLines<T>& s) {
+inline void activate_lines(const Params& params, SumLines<T> s) {
   const T slope = static_cast<T>(params.negative_slope);
   switch (params.activation) {
     case Activation::kNone:

@@ -1,6 +1,8 @@
 // activation.h on the sums that a thread holds in registers.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "../activation.h"
 
 namespace deconv {
