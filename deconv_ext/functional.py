@@ -67,9 +67,9 @@ def conv_transpose2d(
             operator serves such a device, after one warning.
     """
     if has_torch_function_variadic(input, weight, bias):
-        epilogue = {} if activation is None else {"activation": activation}
-        if activation == "leaky_relu":
-            epilogue["negative_slope"] = negative_slope  # type: ignore[assignment]
+        epilogue: dict[str, Any] = {}  # the call as it was made: without what has its default
+        if activation is not None:
+            epilogue = {"activation": activation, "negative_slope": negative_slope}
         return handle_torch_function(
             conv_transpose2d,
             (input, weight, bias),

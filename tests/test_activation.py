@@ -264,7 +264,7 @@ def test_what_is_saved_is_the_output(name: str) -> None:
     assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, layer.weight, y))
 
 
-@each_name
+@pytest.mark.parametrize("name", ["tanh", "silu"])
 def test_transforms(name: str) -> None:
     layer, x = small(activation=name)
     both = separate(layer)
@@ -283,12 +283,11 @@ def test_transforms(name: str) -> None:
 # --- the Python around it ------------------------------------------------------------------------
 
 
-@each_name
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(name: str, dynamic: bool) -> None:
+@pytest.mark.parametrize("name", ["leaky_relu", "gelu"])  # by the output, by the value before
+def test_compile(name: str) -> None:
     torch._dynamo.reset()
     layer, x = small(activation=name)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for module in (layer, compiled):
         leaf = x.clone().requires_grad_()
         y = module(leaf)
@@ -381,31 +380,33 @@ def test_profile_and_flops() -> None:
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_onnx(name: str) -> None:
+def test_onnx() -> None:
+    """Standard nodes, in ONNX Runtime with our results; one model, for the exporter is slow."""
     import onnxruntime  # takes long
 
     from deconv_ext import ops
 
-    layer, x = small(torch.float32, activation=name, negative_slope=0.3)
+    layers = [
+        deconv_ext.ConvTranspose2d(4, 4, 3, padding=1, activation=name, negative_slope=0.3)
+        for name in NAMES
+    ]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 4, 5, 3)
     with torch.no_grad():
         program = torch.onnx.export(
-            layer.eval(),
+            model,
             (x,),
             dynamo=True,
             custom_translation_table=ops.onnx_translations(),
             verbose=False,
         )
-    nodes = [node.op_type for node in program.model_proto.graph.node]
-    standard = {"relu": "Relu", "leaky_relu": "LeakyRelu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
-    if name in standard:
-        assert nodes == ["ConvTranspose", standard[name]]
-    domains = {node.domain for node in program.model_proto.graph.node}
-    domains = {node.domain for node in program.model_proto.graph.node}
-    assert nodes[0] == "ConvTranspose" and domains == {""}
+    nodes = program.model_proto.graph.node
+    assert {node.domain for node in nodes} == {""}
+    followers = [b.op_type for a, b in zip(nodes, nodes[1:]) if a.op_type == "ConvTranspose"]
+    assert len(followers) == len(NAMES) and followers[:2] == ["Relu", "LeakyRelu"]
+    assert followers[-2:] == ["Tanh", "Sigmoid"]
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert_close(torch.from_numpy(got), layer(x).detach(), rtol=1e-4, atol=1e-5)
+    assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_devices_without_kernels() -> None:
