@@ -5,10 +5,27 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cstdint>
 #include <exception>
 
 namespace deconv {
+
+// A thread of the team computes in its caller's floating-point environment,
+// torch.set_flush_denormal above all, and takes its own back afterwards.
+class BorrowedEnvironment {
+ public:
+  explicit BorrowedEnvironment(const std::fenv_t& callers) {
+    std::fegetenv(&own_);
+    std::fesetenv(&callers);
+  }
+  ~BorrowedEnvironment() { std::fesetenv(&own_); }
+  BorrowedEnvironment(const BorrowedEnvironment&) = delete;
+  BorrowedEnvironment& operator=(const BorrowedEnvironment&) = delete;
+
+ private:
+  std::fenv_t own_;
+};
 
 // Calls task(i) for i in [0, tasks); dynamic, since tasks differ in cost and cores in speed. The
 // first exception is rethrown.
@@ -20,13 +37,19 @@ void parallel_for(int64_t tasks, int threads, const Task& task) {
     return;
   }
   std::exception_ptr error;
-#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
-  for (int64_t i = 0; i < tasks; ++i) {
-    try {
-      task(i);
-    } catch (...) {
+  std::fenv_t environment;
+  std::fegetenv(&environment);
+#pragma omp parallel num_threads(team)
+  {
+    const BorrowedEnvironment borrowed(environment);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) {
+      try {
+        task(i);
+      } catch (...) {
 #pragma omp critical(deconv_parallel_for_error)
-      error = std::current_exception();
+        error = std::current_exception();
+      }
     }
   }
   if (error) std::rethrow_exception(error);

@@ -7,6 +7,7 @@
 #include "../deconv.h"
 #include "../reference/reference.h"
 #include "kernels.h"
+#include "profile.h"
 
 namespace deconv {
 namespace cpu {
@@ -113,6 +114,10 @@ const Algorithm kAlgorithms[] = {
     {"reference", never_declines, always, reference::run},
 };
 
+const char* op_name(Op op) {
+  return op == Op::kForward ? "forward" : op == Op::kGradInput ? "grad_input" : "grad_weight";
+}
+
 // Below this many multiply-adds or outputs a second thread costs more than it brings.
 constexpr double kWorkForThreads = 50e3;
 
@@ -135,6 +140,7 @@ void run(Op op, const Params& params, const std::string& name, int threads) {
     if (name == "auto" ? !declined && algorithm.preferred(op, params) : name == algorithm.name) {
       if (declined)
         throw std::invalid_argument("algo='" + name + "' cannot take this problem: " + declined);
+      const CallProfile profile(op_name(op), algorithm.name, threads);
       return algorithm.run(op, params, threads);
     }
     names += std::string(", ") + algorithm.name;

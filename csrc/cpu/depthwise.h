@@ -165,7 +165,8 @@ void depthwise(Op op, const Params& params, int threads) {
   if (op == Op::kGradWeight) {
     const Depthwise<S> kernel{params, params.problem, nullptr};
     parallel_for((p.c_in + kLanes<T> - 1) / kLanes<T> * p.h.kernel, threads, [&](int64_t task) {
-      kernel.grad_weight_row(task / p.h.kernel * kLanes<T>, task % p.h.kernel);
+      in_phase(Phase::kProduct,
+               [&] { kernel.grad_weight_row(task / p.h.kernel * kLanes<T>, task % p.h.kernel); });
     });
     return;
   }
@@ -179,8 +180,9 @@ void depthwise(Op op, const Params& params, int threads) {
   const Depthwise<S> kernel{params, params.problem, packed};
   kernel.pack_weights();
   const int64_t rows = op == Op::kForward ? p.h.out : p.h.in;
-  parallel_for(p.batch * rows, threads,
-               [&](int64_t task) { kernel.row(op, task / rows, task % rows, start); });
+  parallel_for(p.batch * rows, threads, [&](int64_t task) {
+    in_phase(Phase::kProduct, [&] { kernel.row(op, task / rows, task % rows, start); });
+  });
 }
 
 }  // namespace DECONV_ISA

@@ -14,6 +14,7 @@
 #include "activate.h"
 #include "interleave.h"
 #include "microkernel.h"
+#include "profile.h"
 #include "row_plan.h"
 #include "scratch.h"
 
@@ -164,13 +165,15 @@ struct Direct {
                 int64_t count, bool accumulate, const Scratch& s) const {
     const T* w =
         weights + ((group * plan.rows + row) * plan.channels * p.h.kernel + first_row) * taps;
-    for (int64_t i = 0; i < phases; ++i) {
-      const RowPlan::ColumnPhase& phase = plan.phases[i];
-      const RowSum<T> sum{
-          packed,    rows, w + phase.first_tap, taps, plan.starts.data() + phase.first_tap,
-          phase.taps};
-      sum_rows(sum, count, s.sums + i * sum_pitch(), accumulate);
-    }
+    in_phase(Phase::kProduct, [&] {
+      for (int64_t i = 0; i < phases; ++i) {
+        const RowPlan::ColumnPhase& phase = plan.phases[i];
+        const RowSum<T> sum{
+            packed,    rows, w + phase.first_tap, taps, plan.starts.data() + phase.first_tap,
+            phase.taps};
+        sum_rows(sum, count, s.sums + i * sum_pitch(), accumulate);
+      }
+    });
   }
 
   // Rows [t0, t1) of the target, all channels of one group.
@@ -192,8 +195,10 @@ struct Direct {
           } else {
             sum_one_by_one(n, group, row, t, j0, count, s);
           }
-          repair(n, group * plan.rows + row, t, j0, count, s);
-          store(n, group * plan.rows + row, t, j0, count, s);
+          in_phase(Phase::kStore, [&] {
+            repair(n, group * plan.rows + row, t, j0, count, s);
+            store(n, group * plan.rows + row, t, j0, count, s);
+          });
         }
       }
     }
@@ -203,7 +208,8 @@ struct Direct {
                     const Scratch& s) const {
     const int64_t place = c * plan.slots + slot;
     T* packed = s.packed + place * row_elements;
-    if (s.kept[place] != source) pack_row(n, group * plan.channels + c, source, j0, packed);
+    if (s.kept[place] != source)
+      in_phase(Phase::kPack, [&] { pack_row(n, group * plan.channels + c, source, j0, packed); });
     s.kept[place] = source;
     return packed;
   }
@@ -215,7 +221,8 @@ struct Direct {
       for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
         const int64_t source = source_row(t, kh);
         if (source < 0) continue;
-        pack_row(n, group * plan.channels + c, source, j0, s.packed);
+        in_phase(Phase::kPack,
+                 [&] { pack_row(n, group * plan.channels + c, source, j0, s.packed); });
         add_rows(group, row, &s.packed, c * p.h.kernel + kh, 1, count, true, s);
       }
   }

@@ -9,6 +9,7 @@
 #include "../parallel.h"
 #include "../reference/elements.h"
 #include "microkernel.h"
+#include "profile.h"
 #include "scratch.h"
 
 namespace deconv {
@@ -140,8 +141,10 @@ void direct_weight(const Params& params, int threads) {
   const DirectWeight<S> kernel{params, columns};
   const int64_t outputs = p.c_out / p.groups;
   parallel_for(p.c_in * outputs * p.h.kernel, threads, [&](int64_t task) {
-    kernel.grad_weight_row(task / p.h.kernel / outputs, task / p.h.kernel % outputs,
-                           task % p.h.kernel);
+    in_phase(Phase::kProduct, [&] {
+      kernel.grad_weight_row(task / p.h.kernel / outputs, task / p.h.kernel % outputs,
+                             task % p.h.kernel);
+    });
   });
 }
 

@@ -241,10 +241,39 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   plan.chunks_per_task = blocks < tasks || plan.batch_innermost ? 1 : plan.row_chunks;
 }
 
+// Whether tiles may be read where they are. `stored_bytes` is the size of an element in memory.
+bool reads_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t element_bytes) {
+  if (stored_bytes != element_bytes || plan.batch_innermost) return false;
+  if (!plan.rows_across) {
+    // Channels are far apart, often a power of two, and a vector is hardly ever aligned. That costs
+    // less than a copy only for pixels that are read once: by one tap of one tile of rows.
+    int64_t taps = 0;
+    for (const GatherClass& c : plan.classes) taps += c.taps * (c.padded_rows / plan.row_width);
+    return plan.source.stride[3] == 1 && plan.w.source_step == 1 &&
+           taps * plan.row_chunks <= plan.offsets();
+  }
+  // Rows 4096 bytes apart would all compete for one set of the L1 cache.
+  return plan.source.stride[1] == 1 &&
+         plan.w.source_step * plan.source.stride[3] * element_bytes % 4096 != 0;
+}
+
+// Whether sums may be written straight to the target: a vector must lie in one piece there, and the
+// bias be a vector too. Invented NaNs cannot be repaired there, so no weight may be padding; nor
+// is there an activation.
+bool writes_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t element_bytes) {
+  if (stored_bytes != element_bytes || plan.batch_innermost) return false;
+  if (plan.params.activation != Activation::kNone) return false;
+  if (plan.rows_across)
+    return plan.rows_by_phase && !plan.padded_weights && plan.rows % plan.row_width == 0 &&
+           plan.row_chunk % plan.row_width == 0;
+  return plan.target.stride[3] == 1 && plan.h.target_step == 1 && plan.w.target_step == 1 &&
+         !plan.params.bias;
+}
+
 }  // namespace
 
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
-                       int lanes, int element_bytes, int threads) {
+                       int lanes, int stored_bytes, int element_bytes, int threads) {
   // Merging the phases of an axis packs fewer copies of the pixels and fills tiles with few rows,
   // at the price of zeros where phases have unequal taps. Decide by the model, without regard to
   // the batch.
@@ -279,6 +308,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.batch_innermost = plan.batch >= lanes && plan.valid_fraction < 0.85;
   choose_blocks(plan, element_bytes, threads);
   pair_classes(plan);
+  plan.source_in_place = reads_in_place(plan, stored_bytes, element_bytes);
+  plan.target_in_place = writes_in_place(plan, stored_bytes, element_bytes);
   return plan;
 }
 

@@ -71,7 +71,10 @@ struct GatherPlan {
   bool batch_innermost;   // a tile is one position of consecutive images, so that it skips its
                           // invalid taps; else pixels are numbered image by image
   double valid_fraction;  // of the taps, over all positions: the others read padding
-  int tile;               // index of the register tile
+  // Tiles of pixels that have all taps (and targets) are read from the source where they are, and
+  // written to the target by the product itself.
+  bool source_in_place, target_in_place;
+  int tile;                             // index of the register tile
   int64_t pixel_width, row_width;       // tile size in pixels and in rows
   int64_t tiles;                        // tiles of pixels, of all images
   int64_t block_tiles;                  // pixel tiles that one task holds
@@ -94,10 +97,10 @@ struct GatherPlan {
   int64_t weight_elements() const { return groups * row_chunks * channels * weights_per_channel; }
 };
 
-// `element_bytes` is the size of the type that sums are kept in, `tiles` the register tiles of the
-// ISA, `lanes` its vector length.
+// `stored_bytes` is the size of an element in memory, `element_bytes` that of the type that sums
+// are kept in, `tiles` the register tiles of the ISA, `lanes` its vector length.
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
-                       int lanes, int element_bytes, int threads);
+                       int lanes, int stored_bytes, int element_bytes, int threads);
 
 }  // namespace cpu
 }  // namespace deconv

@@ -20,6 +20,7 @@
 #include "gather_pack.h"
 #include "gather_store.h"
 #include "microkernel.h"
+#include "profile.h"
 #include "scratch.h"
 
 namespace deconv {
@@ -44,18 +45,45 @@ struct GatherGemm {
     int64_t count, groups;
   };
 
-  DECONV_PHASE void multiply(int64_t group, int64_t chunk, int64_t tiles, int64_t c0,
-                             int64_t channels, int64_t u0, int64_t offsets, const T* panel,
-                             const bool* present, const T* const* in_place, bool accumulate,
-                             SegmentList& segments, int64_t* row_offsets, T* sums) const {
+  // Where the sums of a tile go.
+  TileTarget<T> target_of(const GatherClass& g, int64_t group, int64_t chunk, int64_t rows,
+                          int64_t row, const TilePlace& place, int64_t t, bool last, T* sums,
+                          const T* bias) const {
+    if (!place.direct)
+      return {sums + plan.sum_at(g.first_row + row, t * plan.pixel_width), plan.sum_pitch(),
+              tile.rows, false, nullptr};
+    const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+    // Vectors of rows lie within one phase; vectors of pixels are those of the only phase.
+    const int64_t phase = plan.rows_across ? row / rows : 0,
+                  first = plan.rows_across ? row % rows : row;
+    const int64_t th = place.run->jh * plan.h.target_step + h.first_phase +
+                       (plan.rows_across ? phase / w.phases : 0);
+    const int64_t tw = place.run->jw * plan.w.target_step + w.first_phase +
+                       (plan.rows_across ? phase % w.phases : 0);
+    T* c = static_cast<T*>(plan.target.data) +
+           plan.target.at(place.run->n, group * plan.rows + chunk * plan.row_chunk + first, th, tw);
+    if (plan.rows_across)
+      return {c, plan.w.target_step * plan.target.stride[3], tile.rows, false,
+              last && bias ? bias + first : nullptr};
+    return {c, plan.target.stride[1], min_of<int64_t>(tile.rows, rows - first), false, nullptr};
+  }
+
+  DECONV_PHASE void multiply(int64_t group, int64_t chunk, int64_t tiles, const TilePlace* places,
+                             int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
+                             const T* panel, const bool* present, SegmentList& segments,
+                             int64_t* row_offsets, T* sums, const T* bias) const {
     const T* packed = pack.weights + ((group * plan.row_chunks + chunk) * plan.channels + c0) *
                                          plan.weights_per_channel;
+    const T* source = static_cast<const T*>(plan.source.data) +
+                      (group * plan.channels + c0) * plan.source.stride[1];
+    const bool accumulate = c0 + u0 > 0,
+               last_block = c0 + channels == plan.channels && u0 + offsets == plan.offsets();
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
-    const int64_t step = plan.rows_across ? 1 : plan.row_width;
+    const int64_t step_a = plan.rows_across ? 1 : plan.row_width;
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
       row_offsets[m] = plan.rows_across ? m * offsets * channels : m;
-      in_place_offsets[m] = m * plan.w.source_step * plan.source.stride[3];
+      in_place_offsets[m] = plan.rows_across ? m * plan.w.source_step * plan.source.stride[3] : m;
     }
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
@@ -65,31 +93,40 @@ struct GatherGemm {
             nullptr;  // of the tile that the segments were listed for, while others may share them
         bool base_in_place = false;
         for (int64_t t = 0; t < tiles; ++t) {
-          const T* x =
-              in_place[t] ? in_place[t] : panel + t * plan.pixel_width * offsets * channels;
-          const bool all_present = in_place[t] || complete(present + t * offsets, offsets);
-          if (base && all_present && base_in_place == (in_place[t] != nullptr)) {
+          const bool in_place = places[t].source >= 0;
+          const T* x = in_place ? source + places[t].source
+                                : panel + t * plan.pixel_width * offsets * channels;
+          const bool all_present = in_place || complete(present + t * offsets, offsets);
+          if (base && all_present && base_in_place == in_place) {
             for (int64_t s = 0; s < segments.count; ++s)
               (plan.rows_across ? segments.list[s].a : segments.list[s].b) += x - base;
             base = x;
           } else {
-            list_segments(g, w, x, in_place[t] != nullptr, channels, u0, offsets,
-                          present + t * offsets, segments);
+            list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets,
+                          segments);
             base = all_present ? x : nullptr;
-            base_in_place = in_place[t] != nullptr;
+            base_in_place = in_place;
           }
-          T* target = sums + plan.sum_at(g.first_row + row, t * plan.pixel_width);
+          TileTarget<T> to =
+              target_of(g, group, chunk, rows, row, places[t], t, last_block, sums, bias);
+          const T* last_bias = to.bias;
           for (int64_t part = 0; part < segments.groups; ++part) {
             const int64_t first = segments.group_begin[part],
                           count = segments.group_begin[part + 1] - first;
-            if (count > 0 || (part == 0 && !accumulate))
-              tile.multiply(segments.list + first, count,
-                            in_place[t] ? in_place_offsets : row_offsets, step, target,
-                            plan.sum_pitch(), accumulate || part > 0);
+            to.accumulate = accumulate || part > 0;
+            to.bias = part + 1 == segments.groups ? last_bias : nullptr;
+            if (count > 0 || !to.accumulate || to.bias)
+              tile.multiply(segments.list + first, count, in_place ? in_place_offsets : row_offsets,
+                            step_a, step_b(in_place), to);
           }
         }
       }
     }
+  }
+
+  // From one step to the next on the vector side: from channel to channel.
+  int64_t step_b(bool in_place) const {
+    return plan.rows_across ? plan.row_width : in_place ? plan.source.stride[1] : plan.pixel_width;
   }
 
   static bool complete(const bool* present, int64_t offsets) {
@@ -101,7 +138,7 @@ struct GatherGemm {
   void list_segments(const GatherClass& g, const T* w, const T* x, bool in_place, int64_t channels,
                      int64_t u0, int64_t offsets, const bool* present,
                      SegmentList& segments) const {
-    const int64_t pixel_step = plan.rows_across ? 1 : plan.pixel_width;
+    const int64_t pixel_step = plan.rows_across ? 1 : step_b(in_place);
     segments.count = segments.groups = 0;
     for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += kPartialSum) {
       segments.group_begin[segments.groups++] = segments.count;
@@ -113,7 +150,7 @@ struct GatherGemm {
         if (u < 0 || u >= offsets || !present[u]) continue;
         const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels),
                       c = begin - tap * channels;
-        const T* pixel = in_place ? x + plan.source_at[g.offset_at[tap]] + c
+        const T* pixel = in_place ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
                                   : x + (u * channels + c) * pixel_step;
         const T* weight = w + begin * plan.row_width;
         if (pixel == next && begin == last) {
@@ -136,21 +173,21 @@ struct GatherGemm {
     const int64_t tiles = min_of(plan.block_tiles, plan.tiles - first_tile);
     const int64_t offsets = plan.offsets(), pixels = plan.block_tiles * plan.pixel_width;
     const int64_t lanes = kLanes<T>;
-    T *panel, *sums, *bias;
+    T *panel, *sums, *bias, *class_bias;
     bool* present;
-    const T** in_place;
-    PixelRun *runs, *joined;
+    TilePlace* places;
+    PixelRun *runs, *packed, *stored;
     SegmentList segments;
     int64_t* row_offsets;
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       panel = carver.take<T>(pixels * plan.channel_block * plan.offset_block + lanes);
       sums = carver.take<T>(pixels * plan.padded_rows);
-      bias = carver.take<T>(plan.padded_rows);
+      bias = carver.take<T>(plan.row_chunk);
+      class_bias = carver.take<T>(plan.padded_rows);
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
-      in_place = carver.take<const T*>(plan.block_tiles);
-      runs = carver.take<PixelRun>(pixels);
-      joined = carver.take<PixelRun>(pixels);
+      places = carver.take<TilePlace>(plan.block_tiles);
+      for (PixelRun** list : {&runs, &packed, &stored}) *list = carver.take<PixelRun>(pixels);
       // A tap spans at most one more group than its channels fill.
       const int64_t groups = offsets * plan.channel_block / kPartialSum + 2;
       segments.list = carver.take<Segment<T>>(offsets + groups);
@@ -161,9 +198,14 @@ struct GatherGemm {
     carve(thread_scratch(carve(nullptr)));
 
     const int64_t run_count = pack.list_runs(first_tile, tiles, runs);
-    const int64_t joined_count = pack.join_runs(runs, run_count, joined);
+    pack.place_tiles(runs, run_count, tiles, places);
+    const auto is_packed = [&](int64_t t) { return places[t].source < 0; };
+    const auto is_stored = [&](int64_t t) { return !places[t].direct; };
+    const int64_t packed_count = pack.join_runs(runs, run_count, is_packed, packed);
+    const int64_t stored_count = pack.join_runs(runs, run_count, is_stored, stored);
     const bool one_panel = plan.channel_block >= plan.channels && plan.offset_block >= offsets;
     for (int64_t chunk = first_chunk; chunk < first_chunk + chunks; ++chunk) {
+      store.load_bias(group, chunk, bias);
       if (offsets == 0)
         for (int64_t i = 0; i < pixels * plan.padded_rows; ++i) sums[i] = 0;
       for (int64_t c0 = 0; c0 < plan.channels; c0 += plan.channel_block)
@@ -171,14 +213,20 @@ struct GatherGemm {
           const int64_t channels = min_of(plan.channel_block, plan.channels - c0),
                         u = min_of(plan.offset_block, offsets - u0);
           if (!one_panel || chunk == first_chunk)
-            pack.pack_pixels(group, runs, run_count, joined, joined_count, tiles, c0, channels, u0,
-                             u, panel, present, in_place);
-          multiply(group, chunk, tiles, c0, channels, u0, u, panel, present, in_place, c0 + u0 > 0,
-                   segments, row_offsets, sums);
+            in_phase(Phase::kPack, [&] {
+              pack.pack_pixels(group, runs, run_count, packed, packed_count, places, tiles, c0,
+                               channels, u0, u, panel, present);
+            });
+          in_phase(Phase::kProduct, [&] {
+            multiply(group, chunk, tiles, places, c0, channels, u0, u, panel, present, segments,
+                     row_offsets, sums, plan.params.bias ? bias : nullptr);
+          });
         }
-      store.repair(group, chunk, joined, joined_count, tiles, sums);
-      store.activate(group, chunk, tiles, sums, bias);
-      store.store(group, chunk, joined, joined_count, sums, bias);
+      in_phase(Phase::kStore, [&] {
+        store.repair(group, chunk, stored, stored_count, sums);
+        store.activate(chunk, tiles, sums, bias, class_bias);
+        store.store(group, chunk, stored, stored_count, sums, bias);
+      });
     }
   }
 };
@@ -190,15 +238,18 @@ void gather_gemm(Op op, const Params& params, int threads) {
   TileShape shapes[kTiles];
   for (int i = 0; i < kTiles; ++i)
     shapes[i] = {Tiles<T>::list[i].rows, Tiles<T>::list[i].vectors * kLanes<T>};
-  const GatherPlan plan = plan_gather(op, params, shapes, kTiles, kLanes<T>, sizeof(T), threads);
+  const GatherPlan plan =
+      plan_gather(op, params, shapes, kTiles, kLanes<T>, sizeof(S), sizeof(T), threads);
 
   T* packed = static_cast<T*>(call_scratch(plan.weight_elements() * sizeof(T)));
   const GatherGemm<S> gemm{plan, Tiles<T>::list[plan.tile], {plan, packed}, {plan}};
   const int64_t channel_blocks = (plan.channels + plan.channel_block - 1) / plan.channel_block;
   parallel_for(plan.groups * plan.row_chunks * channel_blocks, threads, [&](int64_t task) {
     const int64_t c0 = task % channel_blocks * plan.channel_block, rest = task / channel_blocks;
-    gemm.pack.pack_weights(rest / plan.row_chunks, rest % plan.row_chunks, c0,
-                           min_of(plan.channel_block, plan.channels - c0));
+    in_phase(Phase::kWeights, [&] {
+      gemm.pack.pack_weights(rest / plan.row_chunks, rest % plan.row_chunks, c0,
+                             min_of(plan.channel_block, plan.channels - c0));
+    });
   });
 
   const int64_t blocks = (plan.tiles + plan.block_tiles - 1) / plan.block_tiles;

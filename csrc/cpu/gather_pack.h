@@ -16,6 +16,13 @@ struct PixelRun {
   int64_t n, jh, jw;
 };
 
+// How a tile of pixels meets memory.
+struct TilePlace {
+  const PixelRun* run;  // of all its pixels, if every tap of every pixel exists; else null
+  int64_t source;       // element of its first pixel, if it is read where it is; else -1: packed
+  bool direct;          // its sums are written to the target by the product itself
+};
+
 template <class S>
 struct GatherPack {
   using T = typename Arithmetic<S>::type;
@@ -179,10 +186,14 @@ struct GatherPack {
     return count;
   }
 
-  // Joins runs of neighbouring tiles that go on in the same row of the same image.
-  int64_t join_runs(const PixelRun* runs, int64_t count, PixelRun* joined) const {
+  // Joins runs of neighbouring tiles that go on in the same row of the same image, of those tiles
+  // that `wanted` says.
+  template <class Wanted>
+  int64_t join_runs(const PixelRun* runs, int64_t count, const Wanted& wanted,
+                    PixelRun* joined) const {
     int64_t n = 0;
     for (int64_t i = 0; i < count; ++i) {
+      if (!wanted(runs[i].at / plan.pixel_width)) continue;
       PixelRun* last = n > 0 ? joined + n - 1 : nullptr;
       if (last && !plan.batch_innermost && runs[i].n == last->n && runs[i].jh == last->jh &&
           runs[i].jw == last->jw + last->count && runs[i].at == last->at + last->count) {
@@ -192,6 +203,40 @@ struct GatherPack {
       }
     }
     return n;
+  }
+
+  void place_tiles(const PixelRun* runs, int64_t run_count, int64_t tiles,
+                   TilePlace* places) const {
+    const PixelRun* run = runs;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const PixelRun* first = run;
+      while (run < runs + run_count && run->at < (t + 1) * plan.pixel_width) ++run;
+      const bool inside = run == first + 1 && has_all_taps(*first);
+      places[t].run = inside ? first : nullptr;
+      places[t].source = inside && plan.source_in_place
+                             ? plan.source.at(first->n, 0, first->jh * plan.h.source_step,
+                                              first->jw * plan.w.source_step)
+                             : -1;
+      places[t].direct = inside && plan.target_in_place && has_all_targets(*first);
+    }
+  }
+
+  bool has_all_taps(const PixelRun& run) const {
+    if (plan.batch_innermost || run.count != plan.pixel_width || plan.offsets() == 0) return false;
+    const int64_t ih = run.jh * plan.h.source_step, iw = run.jw * plan.w.source_step,
+                  last_iw = iw + (run.count - 1) * plan.w.source_step;
+    return ih + plan.offsets_h.front() >= 0 && ih + plan.offsets_h.back() < plan.h.source &&
+           iw + plan.offsets_w.front() >= 0 && last_iw + plan.offsets_w.back() < plan.w.source;
+  }
+
+  // For every phase.
+  bool has_all_targets(const PixelRun& run) const {
+    const auto inside = [](const AxisTaps& axis, int64_t first, int64_t last) {
+      const PhaseClass& c = axis.classes.back();
+      return first * axis.target_step + axis.classes.front().first_phase >= 0 &&
+             last * axis.target_step + c.first_phase + c.phases <= axis.target;
+    };
+    return inside(plan.h, run.jh, run.jh) && inside(plan.w, run.jw, run.jw + run.count - 1);
   }
 
   // The part [begin, end) of a run whose source exists at this offset, and where its first element
@@ -214,12 +259,12 @@ struct GatherPack {
     return {begin, end, plan.source.at(run.n, 0, ih, iw + begin * plan.w.source_step)};
   }
 
-  // Packs one block of channels x offsets for all tiles of the block; present[tile][offset] tells
-  // whether any pixel has a source there. A tile of rows that lies in one row of one image, with
-  // every tap inside, is read where it is: in_place[tile] points to its first pixel.
+  // Packs one block of channels x offsets for all tiles of the block that are not read where they
+  // are; `joined` are the runs of these. present[tile][offset] tells whether any pixel has a source
+  // there.
   void pack_pixels(int64_t group, const PixelRun* runs, int64_t run_count, const PixelRun* joined,
-                   int64_t joined_count, int64_t tiles, int64_t c0, int64_t channels, int64_t u0,
-                   int64_t offsets, T* panel, bool* present, const T** in_place) const {
+                   int64_t joined_count, const TilePlace* places, int64_t tiles, int64_t c0,
+                   int64_t channels, int64_t u0, int64_t offsets, T* panel, bool* present) const {
     const S* source = static_cast<const S*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
     const PixelRun* first = runs;
@@ -228,11 +273,7 @@ struct GatherPack {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
       T* to = panel + t * plan.pixel_width * offsets * channels;
-      in_place[t] = nullptr;
-      if (last == first + 1 && readable_in_place(*first)) {
-        in_place[t] = reinterpret_cast<const T*>(
-            source + plan.source.at(first->n, 0, first->jh * plan.h.source_step,
-                                    first->jw * plan.w.source_step));
+      if (places[t].source >= 0) {
         for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
       } else if (plan.rows_across) {
         pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
@@ -244,19 +285,6 @@ struct GatherPack {
       first = last;
     }
     if (planes) pack_planes(source, joined, joined_count, channels, u0, offsets, panel);
-  }
-
-  bool readable_in_place(const PixelRun& run) const {
-    if (sizeof(S) != sizeof(T) || !plan.rows_across || plan.batch_innermost ||
-        run.count != plan.pixel_width || plan.source.stride[1] != 1)
-      return false;
-    // Rows 4096 bytes apart would all compete for one set of the L1 cache.
-    if (plan.w.source_step * plan.source.stride[3] * static_cast<int64_t>(sizeof(T)) % 4096 == 0)
-      return false;
-    const int64_t ih = run.jh * plan.h.source_step, iw = run.jw * plan.w.source_step,
-                  last_iw = iw + (run.count - 1) * plan.w.source_step;
-    return ih + plan.offsets_h.front() >= 0 && ih + plan.offsets_h.back() < plan.h.source &&
-           iw + plan.offsets_w.front() >= 0 && last_iw + plan.offsets_w.back() < plan.w.source;
   }
 
   // [offset][channel][pixel]: rows of the source, shifted. With planes the caller fills them in.
@@ -296,8 +324,8 @@ struct GatherPack {
   bool has_planes() const {
     const int64_t taps = plan.offsets_w.size(), step = plan.w.source_step;
     // With two residues and no overlap a strided copy costs no more.
-    return !plan.rows_across && (taps > step || (taps == step && step > 2)) &&
-           taps <= kPlaneTaps && !plan.batch_innermost && plan.w.positions >= kLanes<T> &&
+    return !plan.rows_across && (taps > step || (taps == step && step > 2)) && taps <= kPlaneTaps &&
+           !plan.batch_innermost && plan.w.positions >= (step == 1 ? 2 : 1) * kLanes<T> &&
            plan.source.stride[3] == 1 && plane_pixels() >= kLanes<T>;
   }
   // Positions split at a time.

@@ -20,20 +20,21 @@ struct GatherStore {
   // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN
   // is computed again from the definition.
   DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
-                           int64_t tiles, T* sums) const {
-    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
-                  pixels = tiles * plan.pixel_width;
+                           T* sums) const {
+    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     bool clean = true;
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
-      const int64_t outer = plan.rows_across ? pixels : class_rows,
-                    inner = plan.rows_across ? class_rows : pixels;
-      for (int64_t i = 0; i < outer; ++i) {
-        const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, i)
-                                                 : plan.sum_at(g.first_row + i, 0));
-        int broken = 0;
-        for (int64_t j = 0; j < inner; ++j) broken |= line[j] != line[j];
-        clean &= broken == 0;
+      for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+        const int64_t outer = plan.rows_across ? run->count : class_rows,
+                      inner = plan.rows_across ? class_rows : run->count;
+        for (int64_t i = 0; i < outer; ++i) {
+          const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, run->at + i)
+                                                   : plan.sum_at(g.first_row + i, run->at));
+          int broken = 0;
+          for (int64_t j = 0; j < inner; ++j) broken |= line[j] != line[j];
+          clean &= broken == 0;
+        }
       }
     }
     if (clean) return;
@@ -79,40 +80,42 @@ struct GatherStore {
     }
   }
 
-  T bias_of(int64_t row) const {
-    return plan.params.bias
-               ? convert<T>(static_cast<const S*>(plan.params.bias)[row * plan.params.bias_stride])
-               : T(0);
+  // [rows of the chunk]; zeros if there is none.
+  void load_bias(int64_t group, int64_t chunk, T* bias) const {
+    const int64_t first = group * plan.rows + chunk * plan.row_chunk,
+                  rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
+    const S* from = static_cast<const S*>(plan.params.bias);
+    for (int64_t row = 0; row < rows; ++row)
+      bias[row] = from ? convert<T>(from[(first + row) * plan.params.bias_stride]) : T(0);
   }
 
   // Bias and activation of a block, if there is one: one more pass over sums in the cache costs
-  // less than all forms of the store for each activation. `bias` has room for the padded rows.
-  void activate(int64_t group, int64_t chunk, int64_t tiles, T* sums, T* bias) const {
+  // less than all forms of the store for each activation. `class_bias` is the bias of the padded
+  // rows of a class; of `bias` nothing is left to add.
+  void activate(int64_t chunk, int64_t tiles, T* sums, T* bias, T* class_bias) const {
     if (plan.params.activation == Activation::kNone) return;
-    const int64_t first = group * plan.rows + chunk * plan.row_chunk,
-                  rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
+    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
                   pixels = tiles * plan.pixel_width;
     for (const GatherClass& g : plan.classes) {
       const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-      for (int64_t i = 0; i < g.padded_rows; ++i) bias[i] = 0;
+      for (int64_t i = 0; i < g.padded_rows; ++i) class_bias[i] = 0;
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t rh = 0; rh < h.phases; ++rh)
           for (int64_t rw = 0; rw < w.phases; ++rw)
-            bias[plan.row_of(h, w, rows, row, rh, rw)] = bias_of(first + row);
+            class_bias[plan.row_of(h, w, rows, row, rh, rw)] = bias[row];
       const int64_t class_rows = rows * h.phases * w.phases;
-      activate_lines<T>(
-          plan.params,
-          {sums + plan.sum_at(g.first_row, 0), plan.rows_across ? pixels : class_rows,
-           plan.sum_pitch(), plan.rows_across ? class_rows : pixels, bias, !plan.rows_across});
+      activate_lines<T>(plan.params,
+                        {sums + plan.sum_at(g.first_row, 0), plan.rows_across ? pixels : class_rows,
+                         plan.sum_pitch(), plan.rows_across ? class_rows : pixels, class_bias,
+                         !plan.rows_across});
     }
+    for (int64_t row = 0; row < rows; ++row) bias[row] = 0;
   }
 
   DECONV_PHASE void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
-                          const T* sums, T* bias) const {
+                          const T* sums, const T* bias) const {
     const int64_t first = group * plan.rows + chunk * plan.row_chunk,
                   rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
-    const bool activated = plan.params.activation != Activation::kNone;  // with the bias
-    for (int64_t row = 0; row < rows; ++row) bias[row] = activated ? T(0) : bias_of(first + row);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
     if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
@@ -134,7 +137,8 @@ struct GatherStore {
     const PixelRun* next;
     for (const PixelRun* run = runs; run < runs + run_count; run = next) {
       int64_t count = run->count;
-      for (next = run + 1; next < runs + run_count && next->n == run->n; ++next)
+      for (next = run + 1;
+           next < runs + run_count && next->n == run->n && next->at == run->at + count; ++next)
         count += next->count;
       for (int64_t row = 0; row < rows; ++row) {
         const T* from = sums + plan.sum_at(row, run->at);

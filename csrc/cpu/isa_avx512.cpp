@@ -12,6 +12,7 @@
 #include "../reference/elements.h"
 #include "gather.h"
 #include "kernels.h"
+#include "profile.h"
 #include "row_plan.h"
 #include "scratch.h"
 

@@ -3,10 +3,12 @@
 //     C[m][n] (+)= sum over segments s, steps k < length_s of A_s[m][k] * B_s[k][n]        m < RM,
 //     n < RN vectors
 //
-// A is broadcast: element (m, k) lies at a + row[m] + k * step, so A may be a packed panel (row[m]
-// = m, step = RM), rows of a tensor (row[m] = m * pitch, step = 1) or a padded image that is read
-// with a stride. B is a panel of full vectors, RN a step. Segments let the caller leave out what is
-// known to be zero (a kernel element that reads outside the image) and stitch panels together.
+// A is broadcast: element (m, k) lies at a + row[m] + k * step_a, so A may be a packed panel
+// (row[m] = m, step_a = RM), rows of a tensor (row[m] = m * pitch, step_a = 1) or a padded image
+// that is read with a stride. B has RN full vectors a step, side by side, and its steps are step_b
+// apart: a packed panel (step_b = RN vectors) or rows of a tensor. Segments let the caller leave
+// out what is known to be zero (a kernel element that reads outside the image) and stitch panels
+// together.
 //
 // Sums start at zero in every call and are added to C once. Callers pass at most kPartialSum steps
 // a call: adding short partial sums keeps the rounding error low, at about 2 % of the time.
@@ -29,9 +31,19 @@ struct Segment {
   int64_t length;
 };
 
+// C: a panel of sums, or the place of the result itself.
+template <class T>
+struct TileTarget {
+  T* c;
+  int64_t pitch;    // from row to row
+  int64_t rows;     // that exist, at most RM
+  bool accumulate;  // add to what is there
+  const T* bias;    // [RN vectors] added last, or null
+};
+
 template <class T, int RM, int RN>
-void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row, int64_t step,
-                   T* c, int64_t ldc, bool accumulate) {
+void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row, int64_t step_a,
+                   int64_t step_b, const TileTarget<T>& to) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
   Vector<T> sum[RM][RN];
@@ -50,22 +62,41 @@ void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row
         const T va = a[m][at];
         for (int n = 0; n < RN; ++n) sum[m][n] += va * vb[n];
       }
-      at += step;
-      b += RN * kN;
+      at += step_a;
+      b += step_b;
     }
   }
-  for (int m = 0; m < RM; ++m)
+  // Apart from the full tile without a bias, so that its stores are not interrupted by questions.
+  T* c = to.c;
+  const int64_t pitch = to.pitch;
+  if (to.rows == RM && !to.bias) {
+    if (to.accumulate)
+      for (int m = 0; m < RM; ++m)
+        for (int n = 0; n < RN; ++n) sum[m][n] += load_vector(c + m * pitch + n * kN);
+    for (int m = 0; m < RM; ++m)
+      for (int n = 0; n < RN; ++n) store_vector(c + m * pitch + n * kN, sum[m][n]);
+    return;
+  }
+  const int64_t rows = to.rows;
+  const T* bias = to.bias;
+  const bool accumulate = to.accumulate;
+  for (int m = 0; m < RM; ++m) {
+    if (m >= rows) break;
     for (int n = 0; n < RN; ++n) {
-      T* target = c + m * ldc + n * kN;
-      store_vector(target, accumulate ? load_vector(target) + sum[m][n] : sum[m][n]);
+      T* target = c + m * pitch + n * kN;
+      if (accumulate) sum[m][n] += load_vector(target);
+      if (bias) sum[m][n] += load_vector(bias + n * kN);
+      store_vector(target, sum[m][n]);
     }
+  }
 }
 
 // The tiles that exist, as data: planning chooses by these numbers, drivers call by index.
 template <class T>
 struct Tile {
   int rows, vectors;  // RM, RN
-  void (*multiply)(const Segment<T>*, int64_t, const int64_t*, int64_t, T*, int64_t, bool);
+  void (*multiply)(const Segment<T>*, int64_t, const int64_t*, int64_t, int64_t,
+                   const TileTarget<T>&);
 };
 
 template <class T, int RM, int RN>

@@ -20,6 +20,7 @@
 #include "../reference/elements.h"
 #include "gather.h"
 #include "microkernel.h"
+#include "profile.h"
 #include "scratch.h"
 
 namespace deconv {
@@ -226,18 +227,22 @@ struct WeightGemm {
         const int64_t ih = (first_line + l) % p.h.in;
         strips[strip_count] = {(first_line + l) / p.h.in, ih, min_of(p.h.in - ih, line_count - l)};
       }
-      for (int64_t t = 0; t * width < part.lanes; ++t) {
-        T* to = packed_x + t * pixels * width;
-        for (int64_t s = 0; s < strip_count; ++s)
-          for (int64_t l = 0; l < strips[s].lines; ++l, to += length * width)
-            pack_x(part, strips[s].n, t, strips[s].ih + l, iw, length, to);
-      }
+      in_phase(Phase::kPack, [&] {
+        for (int64_t t = 0; t * width < part.lanes; ++t) {
+          T* to = packed_x + t * pixels * width;
+          for (int64_t s = 0; s < strip_count; ++s)
+            for (int64_t l = 0; l < strips[s].lines; ++l, to += length * width)
+              pack_x(part, strips[s].n, t, strips[s].ih + l, iw, length, to);
+        }
+      });
       for (int64_t o = 0; o < part.outputs; o += patch_outputs) {
         const int64_t count = min_of(patch_outputs, part.outputs - o),
                       rows = count * part.kernel_h * part.kernel_w;
-        for (int64_t s = 0; s < strip_count; ++s)
-          pack_patch(part, strips[s], o, count, iw, element, patch,
-                     patches + s * patch_h.extent * patch_w.extent * element);
+        in_phase(Phase::kPack, [&] {
+          for (int64_t s = 0; s < strip_count; ++s)
+            pack_patch(part, strips[s], o, count, iw, element, patch,
+                       patches + s * patch_h.extent * patch_w.extent * element);
+        });
         for (int64_t row = 0; row < patch_rows; ++row)
           row_offsets[row] = 0;  // padding: any valid address
         for (int64_t co = 0; co < count; ++co)
@@ -256,12 +261,14 @@ struct WeightGemm {
                                                        patch_w.extent * element,
                                          x, length};
           const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);
-          for (int64_t l = 0; l < count_lines; l += at_once)
-            for (int64_t r = 0; r < rows; r += tile.rows)
-              tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r,
-                            patch_w.pixel_step * element,
-                            block_sums + r * lane_tiles * width + t * width, lane_tiles * width,
-                            block > begin || l > 0);
+          in_phase(Phase::kProduct, [&] {
+            for (int64_t l = 0; l < count_lines; l += at_once)
+              for (int64_t r = 0; r < rows; r += tile.rows)
+                tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r,
+                              patch_w.pixel_step * element, width,
+                              {block_sums + r * lane_tiles * width + t * width, lane_tiles * width,
+                               tile.rows, block > begin || l > 0, nullptr});
+          });
         }
       }
     }
@@ -367,7 +374,8 @@ void weight_gemm(const Params& params, int threads) {
   if (splits == 1) {
     parallel_for(parts, threads, [&](int64_t index) {
       const auto part = gemm.part_of(index);
-      gemm.store(part, gemm.accumulate(part, 0, gemm.blocks, nullptr));
+      const T* sums = gemm.accumulate(part, 0, gemm.blocks, nullptr);
+      in_phase(Phase::kStore, [&] { gemm.store(part, sums); });
     });
     return;
   }
@@ -379,10 +387,12 @@ void weight_gemm(const Params& params, int threads) {
                     gemm.blocks * (split + 1) / splits, sums + task * elements);
   });
   parallel_for(parts, threads, [&](int64_t part) {
-    T* total = sums + part * splits * elements;
-    for (int64_t split = 1; split < splits; ++split)
-      for (int64_t i = 0; i < elements; ++i) total[i] += total[split * elements + i];
-    gemm.store(gemm.part_of(part), total);
+    in_phase(Phase::kStore, [&] {
+      T* total = sums + part * splits * elements;
+      for (int64_t split = 1; split < splits; ++split)
+        for (int64_t i = 0; i < elements; ++i) total[i] += total[split * elements + i];
+      gemm.store(gemm.part_of(part), total);
+    });
   });
 }
 
