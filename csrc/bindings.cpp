@@ -37,6 +37,7 @@
 
 namespace py = pybind11;
 using at::Tensor;
+using deconv::Activation;
 using deconv::Op;
 
 namespace {
@@ -49,6 +50,12 @@ struct Arguments {
   Crop padding;
   Pair output_padding, dilation;
   int64_t groups;
+};
+
+// What `forward` does to its sums.
+struct Epilogue {
+  Activation activation = Activation::kNone;
+  double negative_slope = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -164,6 +171,23 @@ deconv::Dtype dtype_of(const Tensor& t) {
   }
 }
 
+Activation activation_named(const std::string& name, const Tensor& input) {
+  constexpr std::pair<const char*, Activation> kNames[] = {
+      {"relu", Activation::kRelu}, {"leaky_relu", Activation::kLeakyRelu},
+      {"silu", Activation::kSilu}, {"gelu", Activation::kGelu},
+      {"tanh", Activation::kTanh}, {"sigmoid", Activation::kSigmoid}};
+  TORCH_CHECK_NOT_IMPLEMENTED(input.is_floating_point(), "activation='", name,
+                              "' needs a floating point dtype, but got input of type ",
+                              input.scalar_type());
+  std::string names;
+  for (const auto& [legal, activation] : kNames) {
+    if (name == legal) return activation;
+    names += (names.empty() ? "'" : ", '") + std::string(legal) + "'";
+  }
+  TORCH_CHECK_VALUE(false, "activation must be one of ", names, ", but got activation='", name,
+                    "'");
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------
 // From tensors to Params and back.
 
@@ -268,14 +292,16 @@ bool run_chosen(Op op, const deconv::Params& params, const Tensor& y, const RunW
 }
 
 void run(Op op, const deconv::Problem& problem, const Tensor& x, const Tensor& w, const Tensor& y,
-         const std::optional<Tensor>& bias, const std::string& algo) {
+         const std::optional<Tensor>& bias, const std::string& algo, Epilogue epilogue = {}) {
   const deconv::Params params{problem,
                               dtype_of(y),
                               ref(x),
                               ref(w),
                               ref(y),
                               bias ? bias->data_ptr() : nullptr,
-                              bias ? bias->stride(0) : 0};
+                              bias ? bias->stride(0) : 0,
+                              epilogue.activation,
+                              epilogue.negative_slope};
   const auto run_with = [&](const std::string& algorithm) {
     on_device(
         y, [&](int threads) { deconv::cpu::run(op, params, algorithm, threads); },
@@ -309,9 +335,9 @@ Tensor complex_bilinear(const Tensor& a, const Tensor& b, const Bilinear& real) 
 // ---------------------------------------------------------------------------------------------------------------------------
 // The operations.
 
-Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& input_bias,
-               Pair stride, Crop padding, Pair output_padding, Pair dilation, int64_t groups,
-               const std::string& algo) {
+Tensor forward_with(Epilogue epilogue, const Tensor& input, const Tensor& weight,
+                    const std::optional<Tensor>& input_bias, Pair stride, Crop padding,
+                    Pair output_padding, Pair dilation, int64_t groups, const std::string& algo) {
   check_dim4("input", input);
   check_weight(weight, groups);
   check_same_kind("weight", weight, input);
@@ -337,12 +363,29 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
       const auto bias_part = bias && part >= 0
                                  ? std::optional(at::view_as_real(*bias).select(-1, part))
                                  : std::nullopt;
-      return forward(a, b, bias_part, stride, padding, output_padding, dilation, groups, algo);
+      return forward_with(epilogue, a, b, bias_part, stride, padding, output_padding, dilation,
+                          groups, algo);
     });
   }
   const Tensor y = empty_like_operands({problem.batch, c_out, problem.h.out, problem.w.out}, x, w);
-  if (y.numel() > 0) run(Op::kForward, problem, x, w, y, bias, algo);
+  if (y.numel() > 0) run(Op::kForward, problem, x, w, y, bias, algo, epilogue);
   return y;
+}
+
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+               Pair stride, Crop padding, Pair output_padding, Pair dilation, int64_t groups,
+               const std::string& algo) {
+  return forward_with({}, input, weight, bias, stride, padding, output_padding, dilation, groups,
+                      algo);
+}
+
+Tensor forward_activated(const Tensor& input, const Tensor& weight,
+                         const std::optional<Tensor>& bias, Pair stride, Crop padding,
+                         Pair output_padding, Pair dilation, int64_t groups,
+                         const std::string& activation, double negative_slope,
+                         const std::string& algo) {
+  return forward_with({activation_named(activation, input), negative_slope}, input, weight, bias,
+                      stride, padding, output_padding, dilation, groups, algo);
 }
 
 void check_grad_output(const Tensor& dy, const deconv::Problem& p) {
@@ -445,6 +488,17 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, const std::optional
                  as_array<2>("dilation", dilation), groups, "auto");
 }
 
+Tensor forward_activated_op(const Tensor& input, const Tensor& weight,
+                            const std::optional<Tensor>& bias, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef output_padding,
+                            at::IntArrayRef dilation, int64_t groups, std::string_view activation,
+                            double negative_slope) {
+  return forward_activated(
+      input, weight, bias, as_array<2>("stride", stride), as_array<4>("padding", padding),
+      as_array<2>("output_padding", output_padding), as_array<2>("dilation", dilation), groups,
+      std::string(activation), negative_slope, "auto");
+}
+
 template <auto gradient>  // of the input or of the weight
 Tensor gradient_op(const Tensor& a, const Tensor& b, at::IntArrayRef size, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef output_padding,
@@ -462,6 +516,11 @@ TORCH_LIBRARY(deconv_ext, m) {
       "SymInt[4] padding, SymInt[2] output_padding, SymInt[2] dilation, SymInt groups) -> Tensor",
       tags);
   m.def(
+      "conv_transpose2d_activated(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] output_padding, SymInt[2] dilation, SymInt groups, "
+      "str activation, float negative_slope) -> Tensor",
+      tags);
+  m.def(
       "conv_transpose2d_grad_input(Tensor grad_output, Tensor weight, SymInt[2] input_size, "
       "SymInt[2] stride, SymInt[4] padding, SymInt[2] output_padding, SymInt[2] dilation, "
       "SymInt groups) -> Tensor",
@@ -476,6 +535,7 @@ TORCH_LIBRARY(deconv_ext, m) {
 
 void implement(torch::Library& m) {
   m.impl("conv_transpose2d", &forward_op);
+  m.impl("conv_transpose2d_activated", &forward_activated_op);
   m.impl("conv_transpose2d_grad_input", &gradient_op<&grad_input>);
   m.impl("conv_transpose2d_grad_weight", &gradient_op<&grad_weight>);
   m.impl("conv_transpose2d_grad_bias", &grad_bias);
@@ -580,6 +640,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", recorded("deconv_ext::conv_transpose2d", &forward), "x"_a, "w"_a, "bias"_a,
         "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto",
         nogil);
+  m.def("forward_activated", recorded("deconv_ext::conv_transpose2d_activated", &forward_activated),
+        "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a,
+        "groups"_a, "activation"_a, "negative_slope"_a, "algo"_a = "auto", nogil);
   m.def("grad_input", recorded("deconv_ext::conv_transpose2d_grad_input", &grad_input), "dy"_a,
         "w"_a, "input_size"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a,
         "groups"_a, "algo"_a = "auto", nogil);

@@ -16,6 +16,9 @@ enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64 };
 
 enum class Op { kForward, kGradInput, kGradWeight };
 
+// What `forward` does to each sum, bias included, before it is rounded (activation.h).
+enum class Activation { kNone, kRelu, kLeakyRelu, kSilu, kGelu, kTanh, kSigmoid };
+
 // Any strided tensor of four axes; strides in elements. x, y: [n, c, h, w]; w: [c_in, c_out /
 // groups, kernel_h, kernel_w].
 struct TensorRef {
@@ -33,6 +36,8 @@ struct Params {
   TensorRef x, w, y;
   const void* bias;  // [c_out] or null
   int64_t bias_stride;
+  Activation activation;  // of forward; kNone for the gradients
+  double negative_slope;  // of kLeakyRelu
 };
 
 // db[c] = sum of dy[n, c, h, w] over n, h, w

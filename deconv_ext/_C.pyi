@@ -18,6 +18,19 @@ def forward(
     groups: int,
     algo: str = "auto",
 ) -> Tensor: ...
+def forward_activated(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+    algo: str = "auto",
+) -> Tensor: ...
 def grad_input(
     dy: Tensor,
     w: Tensor,

@@ -10,6 +10,10 @@ be differentiated. Where somebody looks on at torch's dispatcher (a mode, a trac
 they call the operators of ops.py, which record by the same formulas. `geometry` is (stride,
 padding, output_padding, dilation, groups) as the binary module takes it: pairs (h, w), but padding
 (top, bottom, left, right).
+
+`forward_activated` applies an activation in the kernel's store. Where its derivative can be told
+from the output, its backward needs nothing else; for the others, and for transforms and forward
+mode, it is `forward` and torch's activation.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
+from . import activation
 from .build import extension
 
 Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], tuple[int, int], int]
@@ -48,15 +53,7 @@ class Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (dy,), (x, w), needs = grads, ctx.saved_tensors, _wanted(ctx)
-        if dy is None:
-            return None, None, None, None
-        return (
-            grad_input(dy, w.conj(), ctx.input_size, ctx.geometry) if needs[0] else None,
-            grad_weight(x.conj(), dy, ctx.kernel_size, ctx.geometry) if needs[1] else None,
-            grad_bias(dy) if needs[2] else None,
-            None,
-        )
+        return _forward_gradients(ctx, grads[0], *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -79,6 +76,44 @@ class Forward(Function):
             bias = fold(bias, bias_dim, "go")
         y = forward(fold(x, x_dim, "ngi"), fold(w, w_dim, "gio"), bias, fold.geometry)
         return fold.undo(y, "ngo"), 0
+
+
+class ForwardActivated(Function):
+    """(x, w, bias or None, (*geometry, activation, negative_slope)) -> activation(Forward(...))."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        *operands, extended = args
+        return _compute("forward_activated", *operands, *extended)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, bias, (*geometry, ctx.activation, ctx.negative_slope) = inputs
+        ctx.geometry = tuple(geometry)
+        ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
+        ctx.set_materialize_grads(False)
+        ctx.known_by_output = activation.is_known_by_output(ctx.activation, ctx.negative_slope)
+        if ctx.known_by_output:
+            needs = ctx.needs_input_grad
+            ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, output)
+        else:
+            ctx.save_for_backward(x, w, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (dy,), (x, w, value) = grads, ctx.saved_tensors
+        if dy is None:
+            return None, None, None, None
+        if not ctx.known_by_output:
+            value = forward(x, w, value, ctx.geometry)  # so far it is the bias
+        dz = activation.gradient(ctx.activation, ctx.negative_slope, dy, value)
+        return _forward_gradients(ctx, dz, x, w)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        *operands, (*geometry, name, slope) = args
+        z, dim = Forward.vmap(info, in_dims, *operands, tuple(geometry))
+        return activation.FUNCTIONS[name](z, slope), dim
 
 
 class GradInput(Function):
@@ -277,6 +312,21 @@ def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
     ctx.save_for_forward(a, b)
 
 
+def _forward_gradients(
+    ctx: Any, dy: Tensor | None, x: Tensor, w: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What comes back to x, w and the bias of `forward`."""
+    if dy is None:
+        return None, None, None, None
+    needs = _wanted(ctx)
+    return (
+        grad_input(dy, w.conj(), ctx.input_size, ctx.geometry) if needs[0] else None,
+        grad_weight(x.conj(), dy, ctx.kernel_size, ctx.geometry) if needs[1] else None,
+        grad_bias(dy) if needs[2] else None,
+        None,
+    )
+
+
 def _wanted(ctx: Any) -> list[bool]:
     """Which operands' derivatives this backward pass will use.
 
@@ -376,6 +426,27 @@ def _recorded(name: str, operation: type[Function]) -> Callable[..., Tensor]:
 
 
 forward = _recorded("forward", Forward)
+_forward_activated = _recorded("forward_activated", ForwardActivated)
 grad_input = _recorded("grad_input", GradInput)
 grad_weight = _recorded("grad_weight", GradWeight)
 grad_bias = _recorded("grad_bias", GradBias)
+
+
+def forward_activated(
+    x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, name: str, slope: float
+) -> Tensor:
+    """activation(forward(...)), in one kernel unless something asks for the value between."""
+    if (
+        _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or needs_value_between((x, w, bias), name, slope)
+    ):
+        return activation.FUNCTIONS[name](forward(x, w, bias, geometry), slope)
+    return _forward_activated(x, w, bias, (*geometry, name, slope))
+
+
+def needs_value_between(operands: tuple[Tensor | None, ...], name: str, slope: float) -> bool:
+    """Whether a derivative will be asked for that only the input of the activation tells."""
+    if activation.is_known_by_output(name, slope) or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in operands)

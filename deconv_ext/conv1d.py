@@ -18,6 +18,9 @@ def conv_transpose1d(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """The transposed convolution, as `torch.nn.functional.conv_transpose1d` defines it.
 
@@ -29,13 +32,14 @@ def conv_transpose1d(
         padding: also ((left, right),), or "same" or "valid" as `functional.conv_transpose2d`
             has them.
         groups: number of independent blocks of channels.
+        activation, negative_slope: as `functional.conv_transpose2d` has them.
 
     Returns:
         [N, C_out, OL], without N if the input has none, where
         `OL = (L - 1) * stride - left - right + dilation * (K - 1) + output_padding + 1`.
 
     Raises:
-        TypeError, RuntimeError: as `functional.conv_transpose2d`.
+        TypeError, ValueError, RuntimeError: as `functional.conv_transpose2d`.
     """
     for name, tensor, dims in (("input", input, (2, 3)), ("weight", weight, (3,))):
         if isinstance(tensor, Tensor) and tensor.dim() not in dims:
@@ -49,7 +53,16 @@ def conv_transpose1d(
     stride, padding, output_padding, dilation = arguments
     try:
         y = functional.conv_transpose2d(
-            x, w, bias, stride, padding, output_padding, groups, dilation
+            x,
+            w,
+            bias,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
+            activation=activation,
+            negative_slope=negative_slope,
         )
     except (TypeError, ValueError) as error:
         raise _renamed(error) from None

@@ -128,8 +128,8 @@ def revert(model: nn.Module) -> int:
     """Undo `convert`: every converted layer gets its class back. Returns the number of layers.
 
     Raises:
-        RuntimeError: the class of a layer has been changed by something else since; nothing is
-            reverted then.
+        RuntimeError: the class of a layer has been changed by something else since, or the layer
+            has got an activation, which torch's has not; nothing is reverted then.
     """
     converted = [(n, m) for n, m in model.named_modules() if _ORIGIN in m.__dict__]
     for name, module in converted:
@@ -137,6 +137,11 @@ def revert(model: nn.Module) -> int:
             raise RuntimeError(
                 f"layer {name!r} has become a {type(module).__name__} since convert(); "
                 f"undo that first"
+            )
+        if getattr(module, "activation", None) is not None:
+            raise RuntimeError(
+                f"layer {name!r} has got activation={module.activation!r} since convert(), which "
+                f"torch's layer would not compute"
             )
     for _, module in converted:
         _set_bottom(module, module.__dict__.pop(_ORIGIN))

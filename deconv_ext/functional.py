@@ -14,6 +14,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from . import activation as activations
 from . import autograd
 from .build import BuildError, extension
 
@@ -30,6 +31,9 @@ def conv_transpose2d(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """The transposed convolution, as `torch.nn.functional.conv_transpose2d` defines it.
 
@@ -42,6 +46,13 @@ def conv_transpose2d(
             meaning: the output is `size * stride`, or `(size - 1) * stride + max(extent, stride)`
             for a kernel that spans `extent = dilation * (kernel - 1) + 1` pixels.
         groups: number of independent blocks of channels.
+        activation: "relu", "leaky_relu", "silu", "gelu" (the exact form), "tanh" or "sigmoid" of
+            the result, as torch's functions of these names give it, but computed in the store of
+            the kernel, before the rounding to the dtype. The backward of relu, leaky_relu (with a
+            slope >= 0), tanh and sigmoid needs the output alone. Where gradients are recorded, the
+            others are this operator, whose result is kept, and torch's activation; so are all of
+            them under torch.func transforms and in forward mode.
+        negative_slope: of "leaky_relu".
 
     Returns:
         [N, C_out, OH, OW], without N if the input has none, where
@@ -49,11 +60,16 @@ def conv_transpose2d(
 
     Raises:
         TypeError: an argument of the wrong type, such as a fractional stride.
+        ValueError: an unknown name of a padding or an activation.
+        NotImplementedError: an activation of numbers that are not floating point.
         RuntimeError: values or shapes that make no operator, as torch raises it; with
             DECONV_EXT_STRICT=1 also a device that has no kernels here. Otherwise torch's own
             operator serves such a device, after one warning.
     """
     if has_torch_function_variadic(input, weight, bias):
+        epilogue: dict[str, Any] = {}  # the call as it was made: without what has its default
+        if activation is not None:
+            epilogue = {"activation": activation, "negative_slope": negative_slope}
         return handle_torch_function(
             conv_transpose2d,
             (input, weight, bias),
@@ -65,6 +81,7 @@ def conv_transpose2d(
             output_padding,
             groups,
             dilation,
+            **epilogue,
         )
     _check_tensor("input", 1, input)
     _check_tensor("weight", 2, weight)
@@ -76,14 +93,20 @@ def conv_transpose2d(
     if type(groups) is not int or not -_INT64 <= groups < _INT64:
         groups = _integer("groups", "int", groups)
     geometry = (stride, sides, output_padding, dilation, groups)
+    if activation is not None:
+        activations.check(activation, negative_slope)
 
     if not _ours(input, weight, bias):
-        return _torch_operator(input, weight, bias, *geometry)
+        y = _torch_operator(input, weight, bias, *geometry)
+        return y if activation is None else activations.FUNCTIONS[activation](y, negative_slope)
     if torch.is_autocast_enabled(device := input.device.type):
         dtype = torch.get_autocast_dtype(device)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    apply = _traced_forward if torch.compiler.is_dynamo_compiling() else autograd.forward
+    apply: Any = _traced_forward if torch.compiler.is_dynamo_compiling() else autograd.forward
+    if activation is not None:
+        activations.check_dtype(activation, input.dtype)
+        apply = functools.partial(_activated, activation, negative_slope)
     if input.dim() == 3:
         return apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
     return apply(input, weight, bias, geometry)
@@ -93,6 +116,25 @@ def _traced_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: autograd.Geometry
 ) -> Tensor:
     return torch.ops.deconv_ext.conv_transpose2d(input, weight, bias, *geometry)
+
+
+def _activated(
+    name: str,
+    slope: float,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: autograd.Geometry,
+) -> Tensor:
+    slope = float(slope)
+    if not torch.compiler.is_dynamo_compiling():
+        return autograd.forward_activated(input, weight, bias, geometry, name, slope)
+    if autograd.needs_value_between((input, weight, bias), name, slope):
+        z = _traced_forward(input, weight, bias, geometry)
+        return activations.FUNCTIONS[name](z, slope)
+    return torch.ops.deconv_ext.conv_transpose2d_activated(
+        input, weight, bias, *geometry, name, slope
+    )
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Fold batch norms into the transposed convolutions before them, for inference.
+"""Fold batch norms and activations into the transposed convolutions before them, for inference.
 
 In eval mode a batch norm is `y -> scale * (y - mean) + shift` for each channel, with
 `scale = gamma / sqrt(var + eps)`, and a transposed convolution is linear, so that
@@ -6,7 +6,8 @@ In eval mode a batch norm is `y -> scale * (y - mean) + shift` for each channel,
     w'[ci, co, k] = scale[co] * w[ci, co, k]
     b'[co] = scale[co] * (b[co] - mean[co]) + shift[co]
 
-is both in one, whatever its groups and padding.
+is both in one, whatever its groups and padding. An activation goes into the store of the kernel:
+the layer's argument `activation`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from .report import difference, number, run, table, total
 
 @dataclasses.dataclass
 class PairReport:
-    """A transposed convolution or a batch norm after one, and what became of them."""
+    """A transposed convolution, what follows it, and what became of them."""
 
     layer: str  # as in named_modules()
-    norm: str  # "" if none follows
-    fused: bool
-    reason: str = ""  # why it was left alone
-    max_abs: float | None = None  # largest difference of the pair's output, in the whole model
+    norm: str = ""  # "" if none follows
+    activation: str = ""  # the module after the norm, or after the layer; "" if none follows
+    fused: bool = False  # at least one of the two
+    reason: str = ""  # why it was left alone, or the activation was
+    max_abs: float | None = None  # largest difference of their output, in the whole model
     max_rel: float | None = None  # the same divided by the largest absolute value before
 
 
@@ -52,10 +54,13 @@ class FusionReport:
         return sum(pair.fused for pair in self.pairs)
 
     def __str__(self) -> str:
-        rows = [("layer", "batch norm", "status", "max abs diff", "max rel diff")]
+        rows = [("layer", "batch norm", "activation", "status", "max abs diff", "max rel diff")]
         for pair in self.pairs:
             status = "fused" if pair.fused else f"left alone: {pair.reason}"
-            rows.append((pair.layer, pair.norm, status, number(pair.max_abs), number(pair.max_rel)))
+            if pair.fused and pair.reason:
+                status += f", but not the activation: {pair.reason}"
+            differences = number(pair.max_abs), number(pair.max_rel)
+            rows.append((pair.layer, pair.norm, pair.activation, status, *differences))
         summary = f"{self.fused} of {len(self.pairs)} layers fused"
         if self.note:
             summary = f"not traced ({self.note}): only neighbours in nn.Sequential\n{summary}"
@@ -63,14 +68,17 @@ class FusionReport:
 
 
 def fuse(model: nn.Module, sample: Any = None) -> FusionReport:
-    """Fold every `nn.BatchNorm2d` into the transposed convolution whose output alone it takes.
+    """Fold every `nn.BatchNorm2d` into the transposed convolution whose output alone it takes,
+    and an activation after the two, or after the layer alone.
 
     Works in place and cannot be undone: the layer gets new parameters, with a bias if it had none,
-    and an `nn.Identity` takes the place of the batch norm. Copy the model before if it is to be
-    trained again. Layers may be ours or torch's.
+    and its argument `activation`, and an `nn.Identity` takes the place of what was folded in. Copy
+    the model before if it is to be trained again. Layers may be ours or torch's; torch's take no
+    activation. Activations are the modules `nn.ReLU`, `nn.LeakyReLU`, `nn.SiLU`, `nn.GELU` (the
+    exact form), `nn.Tanh` and `nn.Sigmoid`.
 
-    Pairs are found by tracing the model with torch.fx: a pair is fused if each of the two is
-    called once, and nothing else uses the layer's output or the parameters. A model that cannot be
+    They are found by tracing the model with torch.fx: modules are fused if each of them is called
+    once, and nothing else uses what lies between them, or the parameters. A model that cannot be
     traced has its pairs fused where they are neighbours in an `nn.Sequential` and stand nowhere
     else in the model; that it calls them only through the `nn.Sequential` is taken for granted.
 
@@ -92,22 +100,24 @@ def fuse(model: nn.Module, sample: Any = None) -> FusionReport:
             "but got a model with training=True: call model.eval() first"
         )
     modules = dict(model.named_modules())
-    report, pairs = _candidates(model, modules)
-    found = [(pair, modules[pair.layer], modules[pair.norm]) for pair in pairs]
+    report, followers = _candidates(model, modules)
+    layers = {name: modules[name] for name in followers}
     before: list[Tensor] | None = None
     outputs: dict[str, list[Tensor]] = {}
     if sample is not None:
-        before, outputs = _observe(model, sample, {p.norm: norm for p, _, norm in found})
-    for pair, layer, norm in found:
-        _fold(layer, norm)
-        _replace(model, norm, nn.Identity().train(norm.training))
-        pair.fused = True
+        last = {layer: modules[names[-1]] for layer, names in followers.items()}
+        before, outputs = _observe(model, sample, last)
+    for layer, names in followers.items():
+        for follower in (modules[name] for name in names):
+            fold = _fold if isinstance(follower, nn.BatchNorm2d) else _fold_activation
+            fold(layers[layer], follower)
+            _replace(model, follower, nn.Identity().train(follower.training))
     if before is not None:
-        after, folded = _observe(model, sample, {p.norm: layer for p, layer, _ in found})
+        after, folded = _observe(model, sample, layers)
         report.max_abs, report.max_rel = difference(after, before)
-        for pair in pairs:
-            if outputs[pair.norm]:
-                pair.max_abs, pair.max_rel = difference(folded[pair.norm], outputs[pair.norm])
+        for pair in report.pairs:
+            if outputs.get(pair.layer):
+                pair.max_abs, pair.max_rel = difference(folded[pair.layer], outputs[pair.layer])
     return report
 
 
@@ -125,8 +135,8 @@ class _Tracer(fx.Tracer):
 
 def _candidates(
     model: nn.Module, modules: dict[str, nn.Module]
-) -> tuple[FusionReport, list[PairReport]]:
-    """A report on every transposed convolution, and the rows of it that can be fused."""
+) -> tuple[FusionReport, dict[str, list[str]]]:
+    """A report on every transposed convolution, and for each what can be folded into it."""
     note = ""
     try:
         found = _traced(_Tracer().trace(model), modules)
@@ -134,41 +144,80 @@ def _candidates(
         note = f"{type(error).__name__}: {error}".splitlines()[0]
         found = _neighbours(model)
     report = FusionReport([], note)
+    followers = {}
     for name, module in modules.items():
         if isinstance(module, nn.ConvTranspose2d):
-            norm, reason = found.get(name, ("", "no batch norm takes its output"))
-            if norm and not reason:
-                reason = _obstacle(module, modules[norm])
-            report.pairs.append(PairReport(name, norm, False, reason))
-    return report, [pair for pair in report.pairs if not pair.reason]
+            pair, foldable = _examine(name, modules, found)
+            report.pairs.append(pair)
+            if foldable:
+                followers[name] = foldable
+    return report, followers
 
 
-def _traced(graph: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """For layers before a batch norm: its name, and why the two cannot become one, or ""."""
+#: For modules before a batch norm or an activation: its name, and why they cannot be one, or "".
+_Found = dict[str, tuple[str, str]]
+
+
+def _examine(
+    name: str, modules: dict[str, nn.Module], found: _Found
+) -> tuple[PairReport, list[str]]:
+    """The row of a layer, and the names of the modules after it that can be folded into it."""
+    pair, foldable, layer = PairReport(name), list[str](), modules[name]
+    follower, reason = found.get(name, ("", "no batch norm or activation takes its output"))
+    if follower and isinstance(modules[follower], nn.BatchNorm2d):
+        pair.norm = follower
+        pair.reason = reason or _norm_obstacle(layer, modules[follower])
+        if pair.reason:
+            return pair, foldable
+        foldable.append(follower)
+        follower, reason = found.get(follower, ("", ""))
+    pair.activation, pair.reason = follower, reason
+    if follower:
+        pair.reason = reason or _activation_obstacle(layer, modules[follower])
+        if not pair.reason:
+            foldable.append(follower)
+    pair.fused = bool(foldable)
+    return pair, foldable
+
+
+def _is_follower(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm2d, *_ACTIVATIONS))
+
+
+def _word(module: nn.Module) -> str:
+    """What a module is called in the report."""
+    if isinstance(module, nn.ConvTranspose2d):
+        return "it"
+    return "the batch norm" if isinstance(module, nn.BatchNorm2d) else "the activation"
+
+
+def _traced(graph: Any, modules: dict[str, nn.Module]) -> _Found:
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in calls)
     read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    found: dict[str, tuple[str, str]] = {}
+    found: _Found = {}
     for call in calls:
-        if not isinstance(modules[call.target], nn.BatchNorm2d):
+        if not _is_follower(modules[call.target]):
             continue
-        layer = call.args[0] if call.args else None
-        if not isinstance(layer, fx.Node) or layer.op != "call_module":
+        before = call.args[0] if call.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
             continue
+        word, first = _word(modules[call.target]), _word(modules[str(before.target)])
         reason = ""
-        if len(layer.users) > 1:
-            reason = "its output is used elsewhere too"
-        elif times[layer.target] > 1:
-            reason = "it is called more than once"
+        if len(before.users) > 1:
+            whose = "its" if first == "it" else f"{first}'s"
+            reason = f"{whose} output is used elsewhere too"
+        elif times[before.target] > 1:
+            reason = f"{first} is called more than once"
         elif times[call.target] > 1:
-            reason = "the batch norm is called more than once"
-        elif read & {layer.target, call.target}:
-            reason = "its parameters or the batch norm's are used elsewhere too"
-        found[str(layer.target)] = (call.target, reason)
+            reason = f"{word} is called more than once"
+        elif read & {before.target, call.target}:
+            reason = f"its parameters or {word}'s are used elsewhere too"
+        found[str(before.target)] = (call.target, reason)
     return found
 
 
-def _neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
+def _neighbours(model: nn.Module) -> _Found:
     """The same for neighbours in an nn.Sequential, of a model that cannot be traced."""
     times = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     names = {module: name for name, module in model.named_modules()}
@@ -177,11 +226,12 @@ def _neighbours(model: nn.Module) -> dict[str, tuple[str, str]]:
         if not isinstance(module, nn.Sequential) or not _runs(module, nn.Sequential):
             continue
         children = list(module._modules.values())
-        for layer, norm in zip(children, children[1:]):
-            if isinstance(layer, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
-                shared = max(times[layer], times[norm]) > 1
-                reason = "it or the batch norm stands elsewhere too" if shared else ""
-                found[names[layer]] = (names[norm], reason)
+        for before, after in zip(children, children[1:]):
+            if before is None or after is None or not _is_follower(after):
+                continue
+            shared = max(times[before], times[after]) > 1
+            reason = f"{_word(before)} or {_word(after)} stands elsewhere too" if shared else ""
+            found[names[before]] = (names[after], reason)
     return found
 
 
@@ -192,17 +242,28 @@ def _runs(module: nn.Module, *classes: Any) -> bool:
     )
 
 
-def _obstacle(layer: Any, norm: Any) -> str:
-    """Why the two modules cannot become one; empty if they can."""
-    for name, module in (("it", layer), ("the batch norm", norm)):
+def _obstacle(*modules: Any) -> str:
+    """Why what follows must not become one with what is before it; empty if it may."""
+    for module in modules:
+        word = _word(module)
         if isinstance(module, LazyModuleMixin):
-            return f"{name} is lazy: fuse after a first call has set its sizes"
-        if not _runs(module, nn.ConvTranspose2d, ConvTranspose2d, nn.BatchNorm2d):
-            return f"{name} has a forward of its own"
-        if parametrize.is_parametrized(module):
-            return f"{name} has parametrizations"
+            return f"{word} is lazy: fuse after a first call has set its sizes"
+        known = (nn.ConvTranspose2d, ConvTranspose2d, nn.BatchNorm2d, *_ACTIVATIONS)
+        if not _runs(module, *known):
+            return f"{word} has a forward of its own"
         if any(value for key, value in vars(module).items() if key in _HOOKS):
-            return f"{name} has hooks"
+            return f"{word} has hooks"
+    if getattr(modules[0], "activation", None):
+        return f"it has an activation already: {modules[0].activation!r}"
+    return ""
+
+
+def _norm_obstacle(layer: Any, norm: Any) -> str:
+    if reason := _obstacle(layer, norm):
+        return reason
+    for module in (layer, norm):
+        if parametrize.is_parametrized(module):
+            return f"{_word(module)} has parametrizations"
     if norm.training:
         return "the batch norm is in training mode"
     if norm.running_mean is None:
@@ -212,6 +273,27 @@ def _obstacle(layer: Any, norm: Any) -> str:
     return ""
 
 
+def _activation_obstacle(layer: Any, activation: Any) -> str:
+    if reason := _obstacle(layer, activation):
+        return reason
+    if not _runs(layer, ConvTranspose2d):
+        return "torch's own layer takes no activation: convert() the model before"
+    if getattr(activation, "approximate", "none") != "none":
+        return f"the activation is GELU(approximate={activation.approximate!r})"
+    if not layer.weight.is_floating_point():
+        return f"there are no activations of {layer.weight.dtype}"
+    return ""
+
+
+#: Modules and what they are called as an argument.
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -237,6 +319,11 @@ def _fold(layer: Any, norm: Any) -> None:
     old: Tensor = layer.weight
     layer.weight = nn.Parameter(torch.empty_like(old).copy_(weight), old.requires_grad)
     layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
+
+
+def _fold_activation(layer: Any, activation: Any) -> None:
+    (layer.activation,) = (n for cls, n in _ACTIVATIONS.items() if isinstance(activation, cls))
+    layer.negative_slope = float(getattr(activation, "negative_slope", 0.01))
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

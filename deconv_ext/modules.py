@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import activation as activations
 from . import functional
 from .circular import Axis, extend
 from .conv1d import conv_transpose1d, plane, single
@@ -30,6 +31,9 @@ class _Extended(_Torchs):
     _operator: Any
     #: The output size that a call gives if it names none.
     output_size: tuple[int, ...] | None = None
+    #: What the kernel does to its result; the slope is that of "leaky_relu".
+    activation: str | None = None
+    negative_slope: float = 0.01
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class _Extended(_Torchs):
         dtype: Any = None,
         *,
         output_size: Any = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         _check_padding_mode(padding_mode)
         ours = isinstance(padding, str) or functional.is_two_sided(padding)
@@ -77,8 +83,7 @@ class _Extended(_Torchs):
             # A call may yet choose another output_padding by its output_size.
             if any(not 0 <= a.output_padding - a.surplus < a.stride for a in axes):
                 extend(torch.empty(()), axes)
-        if output_size is not None:
-            self.output_size = self._size(output_size)
+        self._extend(output_size, activation, negative_slope)
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         """The transposed convolution of an input with or without a batch dimension.
@@ -103,11 +108,27 @@ class _Extended(_Torchs):
             output_padding,
             self.groups,
             self.dilation,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
         )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.output_size is None else f"{text}, output_size={self.output_size}"
+        if self.output_size is not None:
+            text += f", output_size={self.output_size}"
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text
+
+    def _extend(self, output_size: Any, activation: Any, negative_slope: Any) -> None:
+        """Take the arguments that torch's constructors do not know."""
+        if output_size is not None:
+            self.output_size = self._size(output_size)
+        activations.check(activation, negative_slope)
+        if activation is not None:
+            self.activation, self.negative_slope = activation, float(negative_slope)
 
     def _planar(self, padding: Any, output_padding: Any) -> tuple[Any, ...]:
         """kernel_size, stride, padding, output_padding and dilation for the 2-D operator."""
@@ -175,15 +196,18 @@ class ConvTranspose2d(_Extended, torch.nn.ConvTranspose2d):
       adjoint of a convolution with circular padding (equation: `deconv_ext/circular.py`). The
       other arguments must give an output of that size;
     * `output_size`, keyword only, an int or (OH, OW), is the default for that argument of
-      `forward`, so that it can be chosen inside an `nn.Sequential`.
+      `forward`, so that it can be chosen inside an `nn.Sequential`;
+    * `activation`, keyword only, one of "relu", "leaky_relu" (with `negative_slope`), "silu",
+      "gelu", "tanh" and "sigmoid", is applied to the output in the store of the kernel (see
+      `functional.conv_transpose2d`).
 
     Shapes: input [N, C_in, H, W] or [C_in, H, W], weight [C_in, C_out/groups, kH, kW],
     bias [C_out], output [N, C_out, OH, OW] or [C_out, OH, OW].
 
     Raises:
         TypeError: a stride, padding, output_padding, dilation or output_size that is no integer.
-        ValueError: an impossible number of channels or groups, an unknown padding name or mode,
-            or a circular output of another size than `size * stride`.
+        ValueError: an impossible number of channels or groups, an unknown padding name or mode or
+            activation, or a circular output of another size than `size * stride`.
     """
 
     _dims = 2
@@ -216,12 +240,18 @@ class ConvTranspose1d(_Extended, torch.nn.ConvTranspose1d):
 
 
 class _Lazy:
-    """The constructor of a lazy module: torch's, and `output_size`."""
+    """The constructor of a lazy module: torch's, and our keywords."""
 
-    def __init__(self, *args: Any, output_size: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        output_size: Any = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if output_size is not None:
-            self.output_size = self._size(output_size)  # type: ignore[attr-defined]
+        self._extend(output_size, activation, negative_slope)  # type: ignore[attr-defined]
 
 
 class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):  # type: ignore[misc]

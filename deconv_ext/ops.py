@@ -5,6 +5,7 @@ this module loads it and adds what torch wants to know beside: fake kernels (sha
 derivatives and vmap (the formulas of autograd.py), FLOP counts, ONNX translations and shardings.
 
     conv_transpose2d(input, weight, bias?, stride, padding, output_padding, dilation, groups)
+    conv_transpose2d_activated(the same, activation, negative_slope)
     conv_transpose2d_grad_input(grad_output, weight, input_size, stride, ...)
     conv_transpose2d_grad_weight(input, grad_output, kernel_size, stride, ...)
     conv_transpose2d_grad_bias(grad_output)
@@ -27,7 +28,7 @@ from torch.autograd import Function
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import autograd
+from . import activation, autograd
 from .build import extension
 
 extension()  # defines the operators
@@ -36,12 +37,14 @@ _namespace = torch.ops.deconv_ext
 #: The operators by the names of the binary module's functions.
 OPERATORS: dict[str, Any] = {
     "forward": _namespace.conv_transpose2d.default,
+    "forward_activated": _namespace.conv_transpose2d_activated.default,
     "grad_input": _namespace.conv_transpose2d_grad_input.default,
     "grad_weight": _namespace.conv_transpose2d_grad_weight.default,
     "grad_bias": _namespace.conv_transpose2d_grad_bias.default,
 }
 _FUNCTIONS: dict[str, type[Function]] = {
     "forward": autograd.Forward,
+    "forward_activated": autograd.ForwardActivated,
     "grad_input": autograd.GradInput,
     "grad_weight": autograd.GradWeight,
     "grad_bias": autograd.GradBias,
@@ -100,7 +103,7 @@ def _check_operands(name: str, other: Tensor, input: Tensor) -> None:
 
 
 @torch.library.register_fake("deconv_ext::conv_transpose2d")
-def _(
+def _fake_forward(
     x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, padding: Any, extra: Any, dilation: Any,
     groups: Any,
 ) -> Tensor:  # fmt: skip
@@ -124,6 +127,14 @@ def _(
         )
     out = _output_size(x.shape[2:], w.shape[2:], stride, padding, extra, dilation)
     return _empty([x.shape[0], c_out, *out], x, w)
+
+
+@torch.library.register_fake("deconv_ext::conv_transpose2d_activated")
+def _(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    *geometry, name, slope = geometry  # type: ignore[assignment]
+    activation.check(name, slope)
+    activation.check_dtype(name, x.dtype)
+    return _fake_forward(x, w, bias, *geometry)
 
 
 @torch.library.register_fake("deconv_ext::conv_transpose2d_grad_input")
@@ -188,6 +199,7 @@ def _flops(
 # Each of the three is 2 * N * H * W * (elements of the weight), told by shapes of x and w.
 _FLOP_SHAPES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "forward": lambda x, w, *_: (x, w),
+    "forward_activated": lambda x, w, *_: (x, w),
     "grad_input": lambda *args: (args[-1], args[1]),
     "grad_weight": lambda *args: (args[0], args[-1]),
 }
@@ -205,8 +217,9 @@ for _name, _shapes in _FLOP_SHAPES.items():
 def onnx_translations() -> dict[Any, Any]:
     """For `torch.onnx.export(..., custom_translation_table=onnx_translations())`.
 
-    The layer becomes one standard ConvTranspose node, asymmetric padding included. Needs the
-    packages onnx and onnxscript, as the exporter itself does.
+    The layer becomes one standard ConvTranspose node, asymmetric padding included, and the standard
+    node of its activation (for silu and gelu the nodes of their definition). Needs the packages
+    onnx and onnxscript, as the exporter itself does.
     """
     from onnxscript import opset18 as op
 
@@ -227,7 +240,22 @@ def onnx_translations() -> dict[Any, Any]:
             group=groups,
         )
 
-    return {OPERATORS["forward"]: translate}
+    def translate_activated(*args: Any) -> Any:
+        *operands, name, slope = args
+        z = translate(*operands)
+        if name == "silu":
+            return op.Mul(z, op.Sigmoid(z))
+        if name == "gelu":
+            tail = op.Add(1.0, op.Erf(op.Mul(z, math.sqrt(0.5))))
+            return op.Mul(op.Mul(z, 0.5), tail)
+        if name == "leaky_relu":
+            return op.LeakyRelu(z, alpha=slope)
+        return {"relu": op.Relu, "tanh": op.Tanh, "sigmoid": op.Sigmoid}[name](z)
+
+    return {
+        OPERATORS["forward"]: translate,
+        OPERATORS["forward_activated"]: translate_activated,
+    }
 
 
 # --- torch.distributed.tensor --------------------------------------------------------------------
@@ -240,6 +268,7 @@ def register_sharding() -> None:
 
     batch: dict[str, tuple[Any, list[Any]]] = {  # result, operands
         "forward": (Shard(0), [Shard(0), Replicate(), Replicate()]),
+        "forward_activated": (Shard(0), [Shard(0), Replicate(), Replicate()]),
         "grad_input": (Shard(0), [Shard(0), Replicate()]),
         "grad_weight": (Partial(), [Shard(0), Shard(0)]),
         "grad_bias": (Partial(), [Shard(0)]),

@@ -44,6 +44,7 @@ SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 OPERATIONS = ("forward", "grad_input", "grad_weight")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid")
 
 
 class KernelError(Exception):
@@ -120,6 +121,8 @@ Params = _struct(
     y=TensorRef,
     bias=ctypes.c_void_p,
     bias_stride=_I64,
+    activation=ctypes.c_int,
+    negative_slope=ctypes.c_double,
 )
 GradBiasParams = _struct(
     "GradBiasParams",
@@ -241,6 +244,8 @@ class Emulator:
         algo: str = "auto",
         bias: bool = True,
         allow_tf32: bool = False,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> Tensor:
         """The operation; the result has the layout of its neighbour x, or of dy for grad_input.
 
@@ -261,6 +266,8 @@ class Emulator:
                 *(TensorRef(v.data_ptr(), (_I64 * 4)(*v.stride())) for v in placed.values()),
                 b.data_ptr() if b is not None else None,
                 b.stride(0) if b is not None else 0,
+                ACTIVATIONS.index(activation),
+                negative_slope,
             )
             self._check(
                 self._library.emulation_run(

@@ -14,8 +14,10 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from deconv_ext import toolchain
+from deconv_ext.activation import FUNCTIONS
 from deconv_ext.testing import (
     EDGE,
     TINY,
@@ -24,7 +26,7 @@ from deconv_ext.testing import (
     make_case,
     random_case,
 )
-from emulator import DTYPES, HERE, OPERATIONS, Emulator, build
+from emulator import ACTIVATIONS, DTYPES, HERE, OPERATIONS, Emulator, build, define
 from support import assert_equal, assert_same_bits, cast, dtype_name, exact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,6 +162,49 @@ def test_repeatable_and_written_once(op: str, algo: str) -> None:
         assert_same_bits(first, MACHINE.run(op, case, t, algo), case)
         taken += 1
     assert taken, "one of these problems is for this algorithm"
+
+
+ACTIVATED = (
+    make_case("planes", (2, 8, 5, 9), 19, 4, 2, 1),
+    make_case("depthwise", (1, 6, 5, 8), 6, 4, 2, 1, groups=6),
+    make_case("gaps", (1, 4, 3, 4), 5, 2, 3, 0, 1),
+)
+
+
+@pytest.mark.parametrize("algo", MACHINE.algorithms("forward"), ids=lambda a: a.replace(":", "-"))
+def test_activations(algo: str) -> None:
+    """Each algorithm applies each activation to the sum with its bias, before the rounding."""
+    accepted = 0
+    for i, (name, case) in enumerate(itertools.product(ACTIVATIONS[1:], ACTIVATED)):
+        fmt = ("float32", "bfloat16", "float64", "float16", "tf32")[i % 5]
+        layout = ("contiguous", "channels_last")[i // 3 % 2]
+        t = cast(exact(case, False)[0], dtype_of(fmt), layout)
+        t = t._replace(x=t.x / 64, w=t.w / 16)  # sums near zero, exact still
+        want = FUNCTIONS[name](define("forward", case, t), 0.2).to(t.x.dtype)
+        try:
+            got = MACHINE.run("forward", case, t, algo, True, fmt == "tf32", name, 0.2)
+        except ValueError as declined:
+            assert re.search(DECLINES, str(declined)), (case, declined)
+            continue
+        limit = torch.finfo(got.dtype).eps * (8 if got.itemsize > 2 else 1)
+        assert_close(got, want, rtol=limit, atol=limit)
+        accepted += 1
+    assert accepted >= 2
+
+
+def test_activations_of_nan_and_infinity() -> None:
+    """NaN that padding makes is mended before the activation, NaN that is true stays."""
+    case = make_case("image", (1, 4, 3, 8), 8, 3, 2, 1)
+    t = case.operands(0)
+    t.w[0, 0, 0, 0] = t.w[1, 1, 1, 1] = float("inf")
+    t.x[0, 2, 1, 1] = float("nan")
+    z = define("forward", case, t)
+    assert z.isnan().any() and z.isposinf().any() and z.isneginf().any()
+    for name in ACTIVATIONS[1:]:
+        want = FUNCTIONS[name](z, 0.2)
+        for algo in ("gemm", "direct", "generic"):
+            got = MACHINE.run("forward", case, t, algo, activation=name, negative_slope=0.2)
+            assert_close(got.double(), want, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_algorithm() -> None:

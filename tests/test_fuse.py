@@ -1,4 +1,4 @@
-"""fuse() folds batch norms for inference, and leaves alone what it cannot prove."""
+"""fuse() folds batch norms and activations for inference, and leaves alone what it cannot prove."""
 
 import copy
 import sys
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from deconv_ext import ConvTranspose2d, LazyConvTranspose2d, convert, fuse
+from deconv_ext import ConvTranspose2d, LazyConvTranspose2d, convert, fuse, revert
 
 
 def settle(model):
@@ -65,7 +65,7 @@ LEFT_ALONE = {
     "first": "the batch norm is called more than once",
     "second": "the batch norm is called more than once",
     "read": "its parameters or the batch norm's are used elsewhere too",
-    "alone": "no batch norm takes its output",
+    "alone": "no batch norm or activation takes its output",
 }
 
 
@@ -157,7 +157,8 @@ def test_a_model_that_cannot_be_traced():
     assert [row.layer for row in report.pairs if row.fused] == ["blocks.0", "blocks.3"]
     reasons = {row.layer: row.reason for row in report.pairs}
     assert reasons["shared"] == "it or the batch norm stands elsewhere too"
-    assert reasons["loose"] == "no batch norm takes its output"
+    assert reasons["loose"] == "no batch norm or activation takes its output"
+    assert model.blocks[0].activation == "relu" and type(model.blocks[2]) is nn.Identity
     assert "TraceError" in report.note and "only neighbours in nn.Sequential" in str(report)
 
 
@@ -237,7 +238,8 @@ def test_dtype_layout_and_requires_grad_are_kept(dtype):
 def test_report_prints_a_table():
     model = settle(Block())
     lines = str(fuse(model, torch.randn(2, 4, 5, 6))).splitlines()
-    assert lines[0].split() == "layer batch norm status max abs diff max rel diff".split()
+    heads = "layer batch norm activation status max abs diff max rel diff"
+    assert lines[0].split() == heads.split()
     column = lines[0].index("status")
     rows = [line for line in lines[2:-1]]
     assert all(row[column:].startswith(("fused", "left alone: ")) for row in rows)
@@ -262,3 +264,76 @@ def test_sample_leaves_no_trace():
     fuse(model, {"input": x})
     assert torch.equal(x, kept) and torch.equal(torch.get_rng_state(), state)
     assert not model.training and not any(m._forward_hooks for m in model.modules())
+
+
+# --- activations ---------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(inplace=True),
+    "leaky_relu": nn.LeakyReLU(0.3),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+}
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["after a norm", "without a norm"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, norm):
+    layers = pair(4, 6, 3, 2) if norm else [ConvTranspose2d(4, 6, 3, 2)]
+    model = settle(nn.Sequential(*layers, ACTIVATIONS[name]).double())
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
+    want = model(x)
+    report = fuse(model, x)
+    assert_close(model(x), want)
+    assert model[0].activation == name and all(type(m) is nn.Identity for m in model[1:])
+    (row,) = report.pairs
+    assert (row.norm, row.activation) == (("1", "2") if norm else ("", "1"))
+    assert 0 <= report.max_abs < 1e-12 and 0 <= row.max_abs < 1e-12 and not row.reason
+    if name == "leaky_relu":
+        assert model[0].negative_slope == 0.3
+
+
+class Swish(nn.SiLU):
+    def forward(self, input):
+        return input
+
+
+def left_alone():
+    hooked = nn.ReLU()
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    yield "hooks", [ConvTranspose2d(4, 6, 3), hooked]
+    yield "already", [ConvTranspose2d(4, 6, 3, activation="tanh"), nn.ReLU()]
+    yield "already", [ConvTranspose2d(4, 6, 3, activation="tanh"), nn.BatchNorm2d(6)]
+    yield "convert()", [nn.ConvTranspose2d(4, 6, 3), nn.ReLU()]
+    yield "approximate='tanh'", [ConvTranspose2d(4, 6, 3), nn.GELU(approximate="tanh")]
+    yield "no batch norm or activation", [ConvTranspose2d(4, 6, 3), nn.ReLU6()]
+    yield "", [ConvTranspose2d(4, 6, 3), Swish()]
+    yield "torch.complex64", [ConvTranspose2d(4, 6, 3, dtype=torch.complex64), nn.Tanh()]
+
+
+@pytest.mark.parametrize("words,layers", list(left_alone()), ids=lambda v: v if v else "")
+def test_activations_that_are_left_alone(words, layers):
+    model = nn.Sequential(*layers).eval()
+    x = torch.randn(1, 4, 3, 3, dtype=layers[0].weight.dtype)
+    want, before = model(x), layers[0].activation if hasattr(layers[0], "activation") else None
+    report = fuse(model)
+    assert report.fused == 0 and words in report.pairs[0].reason and model[1] is layers[1]
+    assert getattr(layers[0], "activation", None) == before
+    assert_close(model(x), want)
+
+
+def test_a_norm_without_its_activation():
+    model = settle(nn.Sequential(*pair(4, 6, 3, cls=nn.ConvTranspose2d), nn.ReLU()))
+    report = fuse(model)
+    assert report.fused == 1 and isinstance(model[2], nn.ReLU)
+    assert "fused, but not the activation: torch's own layer" in str(report)
+
+
+def test_a_converted_layer_with_an_activation_cannot_go_back():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.ReLU()).eval()
+    convert(model)
+    fuse(model)
+    with pytest.raises(RuntimeError, match="layer '0' has got activation='relu'"):
+        revert(model)

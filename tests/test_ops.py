@@ -30,18 +30,29 @@ CASES = (
 def arguments(op: str, case: Case, t: Operands) -> tuple:
     return {
         "forward": (t.x, t.w, t.bias, *case.geometry),
+        "forward_activated": (t.x, t.w, t.bias, *case.geometry, "tanh", 0.0),
         "grad_input": (t.dy, t.w, case.input_size, *case.geometry),
         "grad_weight": (t.x, t.dy, case.kernel, *case.geometry),
         "grad_bias": (t.dy,),
     }[op]
 
 
+def each_operator(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """Activations are of floating point numbers alone."""
+    pairs = [
+        pytest.param(op, dtype, id=f"{op}-{dtype_name(dtype)}")
+        for op in OPERATORS
+        for dtype in dtypes
+        if op != "forward_activated" or dtype.is_floating_point
+    ]
+    return pytest.mark.parametrize("op,dtype", pairs)
+
+
 def in_memory(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-@each_dtype(torch.float32, torch.bfloat16, torch.complex64, torch.int64)
+@each_operator(torch.float32, torch.bfloat16, torch.complex64, torch.int64)
 def test_fake_kernels_predict_shape_dtype_and_strides(op: str, dtype: torch.dtype) -> None:
     layouts = [name for name in LAYOUTS if dtype.is_complex or name != "conjugate"]
     for case, first, second in itertools.product(CASES, layouts, layouts):
@@ -59,8 +70,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(op: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
-@pytest.mark.parametrize("op", OPERATORS)
-@each_dtype(torch.float64, torch.complex128)
+@each_operator(torch.float64, torch.complex128)
 def test_opcheck(op: str, case: Case, dtype: torch.dtype) -> None:
     """torch's own examination: schema, registration, fake kernel, AOT dispatch with symbols."""
     args = [
@@ -159,7 +169,10 @@ def test_modes_see_the_operators(dtype: torch.dtype) -> None:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    layer = deconv_ext.ConvTranspose2d(4, 6, 3, dtype=dtype)
+    layer = nn.Sequential(
+        deconv_ext.ConvTranspose2d(4, 6, 3, dtype=dtype),
+        deconv_ext.ConvTranspose2d(6, 6, 3, dtype=dtype, activation="relu"),
+    )
     x = torch.randn(2, 4, 5, 3, dtype=dtype, requires_grad=True)
     with Mode():
         y = layer(x)

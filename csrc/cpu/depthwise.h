@@ -1,13 +1,14 @@
 // "depthwise": one channel a group and channels innermost in memory (channels_last): lanes are
 // channels.
 //
-//     forward       y[n, oh, ow, :]  = bias + sum over taps of w[k, :] * x[n, ih, iw, :]
-//     grad_input    dx[n, ih, iw, :] = sum over taps of w[k, :] * dy[n, oh, ow, :]
-//     grad_weight   dw[k, :]         = sum over n, ih, iw of x[n, ih, iw, :] * dy[n, oh, ow, :]
+//     forward       y[n, oh, ow, :]  = activation(bias + sum over taps of w[k, :] * x[n, ih, iw,
+//     :]) grad_input    dx[n, ih, iw, :] = sum over taps of w[k, :] * dy[n, oh, ow, :] grad_weight
+//     dw[k, :]         = sum over n, ih, iw of x[n, ih, iw, :] * dy[n, oh, ow, :]
 //
 // The weight is transposed to [k][channel] once; taps are clipped to the image.
 #pragma once
 
+#include "activate.h"
 #include "direct_weight.h"
 
 namespace deconv {
@@ -41,6 +42,16 @@ struct Depthwise {
     int64_t count;
   };
 
+  // The activation of finished sums, the bias among their terms.
+  template <int Vectors>
+  void activate(Vector<T> (&sums)[Vectors]) const {
+    if (params.activation == Activation::kNone) return;
+    T values[Vectors * kN];
+    for (int v = 0; v < Vectors; ++v) store_vector(values + v * kN, sums[v]);
+    activate_lines<T>(params, {values, 1, 0, Vectors * kN, nullptr, false});
+    for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(values + v * kN);
+  }
+
   // to[c + i] = start[c + i] + sum over both axes' terms of weight * source, i < Vectors * kN
   template <int Vectors>
   void sum_terms(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to) const {
@@ -53,6 +64,7 @@ struct Depthwise {
         for (int v = 0; v < Vectors; ++v)
           sums[v] += load_vector(weight + v * kN) * load_as<T>(x + v * kN);
       }
+    activate(sums);
     for (int v = 0; v < Vectors; ++v)
       for (int i = 0; i < kN; ++i) to[c + v * kN + i] = convert<S>(sums[v][i]);
   }
@@ -63,6 +75,11 @@ struct Depthwise {
       for (int64_t j = 0; j < w.count; ++j)
         sum += weights[h.list[i].weight + w.list[j].weight + c] *
                convert<T>(source[h.list[i].source + w.list[j].source + c]);
+    if (params.activation != Activation::kNone) {
+      Vector<T> lanes[1] = {broadcast(sum)};
+      activate(lanes);
+      sum = lanes[0][0];
+    }
     to[c] = convert<S>(sum);
   }
 

@@ -6,11 +6,12 @@
 //     pack the source rows that it reads, unless the last row of the target read them too
 //     for each channel of the target and column phase r:
 //       sum over terms of weight * packed row, a few vectors of positions at a time in registers
-//     add the bias, put the phases back into their places, round, store
+//     add the bias, apply the activation, put the phases back into their places, round, store
 #pragma once
 
 #include "../parallel.h"
 #include "../reference/elements.h"
+#include "activate.h"
 #include "interleave.h"
 #include "microkernel.h"
 #include "profile.h"
@@ -237,6 +238,7 @@ struct Direct {
       if (!broken) continue;
       Params plain = params;
       plain.bias = nullptr;
+      plain.activation = Activation::kNone;
       for (int64_t j = 0; j < count; ++j) {
         const int64_t column = (j0 + j) * plan.target_step + plan.phases[i].phase;
         if (sums[j] == sums[j] || column >= plan.target_size) continue;
@@ -248,13 +250,25 @@ struct Direct {
     }
   }
 
+  // Bias and activation, of phases without taps too.
+  void activate_phases(int64_t count, T bias, const Scratch& s) const {
+    for (int64_t i = 0; i < phases; ++i)
+      activate_lines<T>(params, {s.sums + i * sum_pitch(), 1, 0, count, &bias, true});
+    if (phases == min_of(plan.target_step, plan.target_size)) return;
+    for (int64_t j = 0; j < count; ++j) s.zeros[j] = 0;
+    activate_lines<T>(params, {s.zeros, 1, 0, count, &bias, true});
+  }
+
   void store(int64_t n, int64_t row, int64_t t, int64_t j0, int64_t count, const Scratch& s) const {
     const int64_t all = min_of(plan.target_step, plan.target_size);
     for (int64_t r = 0; r < all; ++r) s.rows[r] = s.zeros;
     for (int64_t i = 0; i < phases; ++i) s.rows[plan.phases[i].phase] = s.sums + i * sum_pitch();
-    const T bias = params.bias
-                       ? convert<T>(static_cast<const S*>(params.bias)[row * params.bias_stride])
-                       : T(0);
+    T bias = params.bias ? convert<T>(static_cast<const S*>(params.bias)[row * params.bias_stride])
+                         : T(0);
+    if (params.activation != Activation::kNone) {
+      activate_phases(count, bias, s);
+      bias = 0;
+    }
     S* target = static_cast<S*>(plan.target.data) + plan.target.at(n, row, t, 0);
     if (plan.target.stride[3] == 1)
       return interleave(target, j0 * plan.target_step, plan.target_step, plan.target_size, s.rows,

@@ -324,9 +324,11 @@ bool reads_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t elemen
 }
 
 // Whether sums may be written straight to the target: a vector must lie in one piece there, and the
-// bias be a vector too. Invented NaNs cannot be repaired there, so no weight may be padding.
+// bias be a vector too. Invented NaNs cannot be repaired there, so no weight may be padding; nor
+// is there an activation.
 bool writes_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t element_bytes) {
   if (stored_bytes != element_bytes || plan.batch_innermost) return false;
+  if (plan.params.activation != Activation::kNone) return false;
   if (plan.rows_across)
     return plan.rows_by_phase && !plan.padded_weights && plan.rows % plan.row_width == 0 &&
            plan.row_chunk % plan.row_width == 0;

@@ -6,7 +6,7 @@
 //       pack the pixels
 //       for each class, tile of rows, tile of pixels:
 //         multiply_tile over the class's taps; taps that no pixel of the tile has are skipped
-//     add the bias, put the phases back into their places, round, store
+//     add the bias, apply the activation, put the phases back into their places, round, store
 //
 //   packed weights  [group][chunk][block of channels][class][tile of rows][tap][channel][row_width]
 //   packed pixels   [tile of pixels][offset][channel][lanes]  or  [pixel][offset][channel]
@@ -178,7 +178,7 @@ struct GatherGemm {
     const int64_t tiles = min_of(plan.block_tiles, plan.tiles - first_tile);
     const int64_t offsets = plan.offsets(), pixels = plan.block_tiles * plan.pixel_width;
     const int64_t lanes = kLanes<T>;
-    T *panel, *sums, *bias;
+    T *panel, *sums, *bias, *class_bias;
     bool* present;
     TilePlace* places;
     PixelRun *runs, *packed, *stored;
@@ -190,6 +190,7 @@ struct GatherGemm {
                                        : pixels * plan.channel_block * plan.offset_block + lanes);
       sums = carver.take<T>(pixels * plan.padded_rows);
       bias = carver.take<T>(plan.row_chunk);
+      class_bias = carver.take<T>(plan.padded_rows);
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
       places = carver.take<TilePlace>(plan.block_tiles);
       for (PixelRun** list : {&runs, &packed, &stored}) *list = carver.take<PixelRun>(pixels);
@@ -229,6 +230,7 @@ struct GatherGemm {
         }
       in_phase(Phase::kStore, [&] {
         store.repair(group, chunk, stored, stored_count, sums);
+        store.activate(chunk, tiles, sums, bias, class_bias);
         store.store(group, chunk, stored, stored_count, sums, bias);
       });
     }

@@ -1,8 +1,9 @@
 // What follows the gather product (gather_gemm.h): from the sums of a block to the target. Bias,
-// one rounding, phases back to their places.
+// activation, one rounding, phases back to their places.
 #pragma once
 
 #include "../reference/elements.h"
+#include "activate.h"
 #include "gather_pack.h"
 #include "interleave.h"
 
@@ -39,6 +40,7 @@ struct GatherStore {
     if (clean) return;
     Params params = plan.params;
     params.bias = nullptr;
+    params.activation = Activation::kNone;
     const int64_t first = group * plan.rows + chunk * plan.row_chunk;
     for_each_place(
         chunk, runs, run_count,
@@ -85,6 +87,29 @@ struct GatherStore {
     const S* from = static_cast<const S*>(plan.params.bias);
     for (int64_t row = 0; row < rows; ++row)
       bias[row] = from ? convert<T>(from[(first + row) * plan.params.bias_stride]) : T(0);
+  }
+
+  // Bias and activation of a block, if there is one: one more pass over sums in the cache costs
+  // less than all forms of the store for each activation. `class_bias` is the bias of the padded
+  // rows of a class; of `bias` nothing is left to add.
+  void activate(int64_t chunk, int64_t tiles, T* sums, T* bias, T* class_bias) const {
+    if (plan.params.activation == Activation::kNone) return;
+    const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk),
+                  pixels = tiles * plan.pixel_width;
+    for (const GatherClass& g : plan.classes) {
+      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+      for (int64_t i = 0; i < g.padded_rows; ++i) class_bias[i] = 0;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw)
+            class_bias[plan.row_of(h, w, rows, row, rh, rw)] = bias[row];
+      const int64_t class_rows = rows * h.phases * w.phases;
+      activate_lines<T>(plan.params,
+                        {sums + plan.sum_at(g.first_row, 0), plan.rows_across ? pixels : class_rows,
+                         plan.sum_pitch(), plan.rows_across ? class_rows : pixels, class_bias,
+                         !plan.rows_across});
+    }
+    for (int64_t row = 0; row < rows; ++row) bias[row] = 0;
   }
 
   DECONV_PHASE void store(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,

@@ -18,6 +18,7 @@
 // A tap outside the image is skipped, not multiplied by zero, so that infinite weights do no harm.
 #pragma once
 
+#include "activate.cuh"
 #include "direct_memory.cuh"
 #include "direct_plan.h"
 
@@ -295,6 +296,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                 taps * tap_weights);
       }
     }
+    if (a.activation != Activation::kNone)
+      activate_all<C::kTargets * Run<T, C, P>::kOutputs>(a.activation, a.negative_slope,
+                                                         &sum[0][0]);
     store<T, C, P>(a, run, sum, target + row * static_cast<int>(a.target_stride[2]), targets);
   }
 }

@@ -92,6 +92,7 @@ const char* gather_args(Op op, const Params& p, GatherArgs& a) {
   a.source = source.data, a.weight = p.w.data, a.target = target.data;
   a.bias = forward ? p.bias : nullptr;
   a.bias_stride = p.bias_stride;
+  a.activation = p.activation, a.negative_slope = p.negative_slope;
   std::copy_n(source.stride, 4, a.source_stride);
   std::copy_n(target.stride, 4, a.target_stride);
   const int64_t group_in = q.c_in / q.groups, group_out = q.c_out / q.groups;

@@ -3,8 +3,9 @@
 //
 // forward and grad_input are one gather over the tap tables of geometry.h:
 //
-//     target[n, c, j * target_step + r] = bias[c] + sum over sources s of c's group, taps (k,
-//         offset) of phase r, of source[n, s, j * source_step + offset] * weight[s, c, k]
+//     target[n, c, j * target_step + r] = activation(bias[c] + sum over sources s of c's group,
+//     taps
+//         (k, offset) of phase r, of source[n, s, j * source_step + offset] * weight[s, c, k])
 //
 // on both axes. A thread owns some channels and a run of positions of one target row. Where the
 // taps of the columns are a Pattern known to the compiler, it owns all phases of its positions:
@@ -169,6 +170,8 @@ struct GatherArgs {
   void* target;
   int64_t source_stride[4], target_stride[4];
   int64_t weight_group, weight_source, weight_target, weight_h, weight_w, bias_stride;
+  Activation activation;
+  double negative_slope;
   int32_t channels, group_sources, group_targets, group_units, units;
   AxisArgs rows;
   AxisArgs columns;

@@ -1,8 +1,8 @@
 // forward and grad_input on tensor cores (or scalar multiply-adds): one matrix product over a
 // gather, with the tables of gemm_plan.h.
 //
-//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of
-//                           phase r of source[n, c, j * source_step + offset] * weight[c, row, k]
+//     target[n, row, j * target_step + r] = activation(bias[row] + sum over channels c, taps (k,
+//               offset) of phase r of source[n, c, j * source_step + offset] * weight[c, row, k])
 //
 // A block computes rows x pixels x column phases of one row phase and one group. For each group of
 // taps and chunk of channels it stages the source once, halo included (gemm_stage.cuh), and for
@@ -142,7 +142,7 @@ struct Gather {
   }
 
   __device__ static void run(const GatherPlan& p);
-  __device__ static void store(const GatherPlan& p, const GatherPlace& at, const Sums& sums);
+  __device__ static void store(const GatherPlan& p, const GatherPlace& at, Sums& sums);
 };
 
 template <class T, Product kProduct, int kTile>

@@ -1,4 +1,4 @@
-// The end of gather_kernel: sums in registers -> bias, rounding, target.
+// The end of gather_kernel: sums in registers -> bias, activation, rounding, target.
 //
 // A thread's outputs are two neighbouring positions times kPhases column phases of one row, 2 *
 // kPhases neighbours in an NCHW target; or, rows_across, a run of 4 * kStripsB rows of one position
@@ -7,10 +7,28 @@
 // written twice.
 #pragma once
 
+#include "activate.cuh"
 #include "gemm_gather.cuh"
 
 namespace deconv {
 namespace cuda {
+
+// Bias and activation of all sums of a thread, and no bias left to add after that. The bias of
+// sums[phase][m][n][e] is bias[bias_at(m, n, e)].
+template <class Sum, int kPhases, int kA, int kB, int kBiases, class BiasAt>
+__device__ __forceinline__ void activate_sums(const Params& p,
+                                              Sum (&sums)[kPhases][kA][kB][kAccumulators],
+                                              Sum (&bias)[kBiases], const BiasAt& bias_at) {
+#pragma unroll
+  for (int i = 0; i < kPhases * kA * kB * kAccumulators; ++i) {
+    const int e = i % kAccumulators, n = i / kAccumulators % kB, m = i / kAccumulators / kB % kA;
+    sums[i / kAccumulators / kB / kA][m][n][e] += bias[bias_at(m, n, e)];
+  }
+  activate_all<kPhases * kA * kB * kAccumulators>(p.activation, p.negative_slope,
+                                                  &sums[0][0][0][0]);
+#pragma unroll
+  for (int i = 0; i < kBiases; ++i) bias[i] = 0;
+}
 
 // kCount values, rounded once.
 template <class T, int kCount, class Sum>
@@ -61,7 +79,7 @@ __device__ __attribute__((noinline)) void repair(const GatherPlan& p, int n, int
 
 template <class T, Product kProduct, int kTile>
 __device__ void Gather<T, kProduct, kTile>::store(const GatherPlan& p, const GatherPlace& at,
-                                                  const Sums& sums) {
+                                                  Sums& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = at.row0 + warp % (kShape.rows / kShape.warp_rows) * kShape.warp_rows;
   const int warp_pixel = warp / (kShape.rows / kShape.warp_rows) * kShape.warp_pixels;
@@ -86,6 +104,7 @@ __device__ void Gather<T, kProduct, kTile>::store(const GatherPlan& p, const Gat
     return pixel;
   };
 
+  const bool activated = p.params.activation != Activation::kNone;
   bool invalid = false;  // a NaN among the outputs
   if constexpr (kRowsAcross) {
     constexpr int kRun = 4 * kStripsB;
@@ -93,6 +112,9 @@ __device__ void Gather<T, kProduct, kTile>::store(const GatherPlan& p, const Gat
     Sum bias[kRun];
 #pragma unroll
     for (int i = 0; i < kRun; ++i) bias[i] = bias_of(row0 + i);
+    if (activated)
+      activate_sums(p.params, sums, bias,
+                    [](int, int n, int e) { return n * 4 + e / 4 * 2 + e % 2; });
 #pragma unroll
     for (int m = 0; m < kStripsA; ++m)
 #pragma unroll
@@ -112,12 +134,12 @@ __device__ void Gather<T, kProduct, kTile>::store(const GatherPlan& p, const Gat
       }
   } else {
     constexpr int kRun = 2 * kPhases;
-    Sum bias[kStripsA][2];
+    Sum bias[kStripsA * 2];
 #pragma unroll
-    for (int m = 0; m < kStripsA; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        bias[m][half] = bias_of(warp_row + m * 16 + lane_row(lane, half));
+    for (int i = 0; i < kStripsA * 2; ++i)
+      bias[i] = bias_of(warp_row + i / 2 * 16 + lane_row(lane, i % 2));
+    if (activated)
+      activate_sums(p.params, sums, bias, [](int m, int, int e) { return m * 2 + e / 2 % 2; });
 #pragma unroll
     for (int n = 0; n < kStripsB; ++n)
 #pragma unroll
@@ -137,7 +159,7 @@ __device__ void Gather<T, kProduct, kTile>::store(const GatherPlan& p, const Gat
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
               values[i] =
-                  sums[i % kPhases][m][n][tile * 4 + half * 2 + i / kPhases] + bias[m][half];
+                  sums[i % kPhases][m][n][tile * 4 + half * 2 + i / kPhases] + bias[m * 2 + half];
               invalid |= values[i] != values[i];
             }
             if (step_w == kPhases) {

@@ -2,15 +2,18 @@
 // implementation, the last entry of every list of algorithms, and what the vector kernels turn to
 // for an element that came out as NaN.
 //
-//     y[n, co, o]    = bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k]     where i =
-//     input_index(o, k) exists dx[n, ci, i]   =            sum over co, k of dy[n, co, o] * w[ci,
-//     co, k]    where o = output_index(i, k) exists dw[ci, co, k]  =            sum over n, i  of
-//     x[n, ci, i] * dy[n, co, o]     where o = output_index(i, k) exists
+//     y[n, co, o]   = activation(bias[co] + sum over ci, k of x[n, ci, i] * w[ci, co, k]),
+//                     where i = input_index(o, k) exists
+//     dx[n, ci, i]  = sum over co, k of dy[n, co, o] * w[ci, co, k],
+//                     where o = output_index(i, k) exists
+//     dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, o],
+//                     where o = output_index(i, k) exists
 //
 // ci and co run within a group; sums are kept in `Sum`. A sum that became NaN stays NaN, so the
 // loops stop there.
 #pragma once
 
+#include "../activation.h"
 #include "../half.h"
 #include "../params.h"
 
@@ -41,7 +44,7 @@ DECONV_HOST_DEVICE Sum forward_element(const Params& p, int64_t n, int64_t co, i
       if (sum != sum) return sum;
     }
   }
-  return sum;
+  return activate(p.activation, static_cast<Sum>(p.negative_slope), sum);
 }
 
 template <class Sum, class T>
