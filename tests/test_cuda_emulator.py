@@ -54,7 +54,7 @@ MISTAKES: dict[str, str] = {
     "divergent_barrier": r"waits at a barrier, but other threads have ended",
     "two_barriers": r"waits at a barrier, but other threads wait at another one",
     "return_before_barrier": r"waits at a barrier, but other threads have ended",
-    "divergent_shuffle": r"waits at a warp collective that other lanes of its warp do not reach",
+    "divergent_shuffle": r"waits at a collective that other lanes of its warp or warpgroup do not reach",
     "partial_mask": r"the mask of a collective is 65535, not full",
     "two_blocks_write_one_address": r"race: writes byte 20 of y, which block \d, thread \d+ has",
     "two_threads_write_one_address": r"race: writes byte \d+ of y, which block \d, thread \d+ has",
