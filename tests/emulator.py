@@ -171,9 +171,15 @@ class Emulator:
         """What may be forced, best first: names, and "name:configuration"."""
         return self._library.emulation_algorithms(OPERATIONS.index(op)).decode().split()
 
-    def set_device(self, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
+    def set_device(
+        self,
+        processors: int = 132,
+        capability: tuple[int, int] = (9, 0),
+        shared_bytes: int = 227 * 1024,
+    ) -> None:
         """The device that configurations are chosen for."""
-        for which, value in ((16, processors), (75, capability[0]), (76, capability[1])):
+        attributes = {16: processors, 75: capability[0], 76: capability[1], 97: shared_bytes}
+        for which, value in attributes.items():
             self._library.emulation_set_attribute(which, value)
 
     def count(self, enabled: bool) -> None:

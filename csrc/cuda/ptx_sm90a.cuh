@@ -137,7 +137,7 @@ __device__ __forceinline__ void more_registers() {
 //          49 - 51   0, base offset, of swizzled matrices
 //          62 - 63   0, no swizzle
 //
-// all three in units of 16 bytes. Moving the matrix by 16 n bytes adds n.
+// all three in units of 16 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* s_matrix, int leading,
                                                       int stride) {
 #if defined(DECONV_CUDA_ON_CPU)
@@ -147,6 +147,12 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* s_matrix, int 
 #endif
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading) << 16 |
          static_cast<uint64_t>(stride) << 32;
+}
+
+// Of the matrix that lies 16 n bytes further on.
+__device__ __forceinline__ uint64_t move_matrix(uint64_t descriptor, int n) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(n);
+  return (descriptor & ~uint64_t{0xffffffff}) | low;
 }
 
 // "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"; by all threads of the warpgroup.

@@ -42,10 +42,14 @@ namespace cuda {
 
 constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaConsumers);
 constexpr int kSourceWarps = 3;
-// Registers a thread: 65536 / 384 at launch, then for copies and for products.
-constexpr int kCopyRegisters = 96, kProductRegisters = 208;
-static_assert(kWarpgroup * (kCopyRegisters + kWgmmaConsumers * kProductRegisters) <= 65536,
-              "the register file of a multiprocessor");
+// Registers a thread: what the compiler gives all of a block of this size, and what copies and
+// products get of them. More than the block was launched with are never to be had, so a sum too
+// large would wait for ever.
+constexpr int kLaunchRegisters = 65536 / kWgmmaThreads / 8 * 8;
+constexpr int kCopyRegisters = 88, kProductRegisters = 208;
+static_assert(kCopyRegisters + kWgmmaConsumers * kProductRegisters <=
+                  (1 + kWgmmaConsumers) * kLaunchRegisters,
+              "see above");
 
 // Which buffer is next, and the parity of the phase that its mbarriers are in.
 struct Ring {
@@ -60,6 +64,9 @@ template <class T, int kTile>
 struct Wgmma {
   static constexpr WgmmaTile kShape = kWgmmaTiles[kTile];
   static constexpr int kPhases = kShape.phases, kSums = kShape.columns / 2;
+  // Of a warpgroup, and how many are next to each other along the rows.
+  static constexpr int kRows = kShape.warpgroup_rows(), kPixels = kShape.warpgroup_pixels(),
+                       kAlongRows = kShape.rows / kRows;
 
   const WgmmaPlan& p;
   unsigned char* const shared;
@@ -77,8 +84,7 @@ struct Wgmma {
   template <class Begin, class Group, class End>
   __device__ __forceinline__ void for_each_tile(const Begin& begin, const Group& group,
                                                 const End& end) {
-    const unsigned tiles = static_cast<unsigned>(p.tiles());
-    for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (unsigned tile = blockIdx.x; tile < p.tile_count; tile += gridDim.x) {
       const GatherPlace at = gather_place(p, kShape.rows, tile);
       begin(at);
       for (int gh = p.h.group[at.set_h]; gh < p.h.group[at.set_h + 1]; ++gh)
@@ -176,13 +182,16 @@ struct Wgmma {
                 p.staged.pixels, p.log_chunk, p.source, at.group, at.n0,
                 at.h0 * p.h.source_step, at.w0 * p.w.source_step,
                 (chunk << p.log_chunk) * static_cast<int>(kVectorBytes / sizeof(T)), thread);
-            if (p.source.vectors) {
-              // The copies of this chunk fly while the last one's are waited for.
+            if (p.source.vectors && p.source_buffers > 2) {
+              // The copies of this chunk fly while the last one's are waited for. Of two buffers none
+              // would be left then: the other is free after the first products of this chunk.
               copy_async_commit();
               copy_async_wait<1>();
               if (flying >= 0) copied(flying);
               flying = ring.at;
             } else {
+              copy_async_commit();
+              copy_async_wait<0>();
               copied(ring.at);
             }
             ring.next(p.source_buffers);
@@ -199,29 +208,31 @@ struct Wgmma {
 #pragma unroll
     for (int phase = 0; phase < kPhases; ++phase)
       for (int tap = group_w.tap[phase]; tap < group_w.tap[phase + 1]; ++tap) {
-        const uint64_t w = weights + ((tap - group_w.tap[0]) * kShape.rows << p.log_chunk);
-        const uint64_t s = source + p.w.plane[tap] * p.staged.extent_w + p.w.step[tap];
+        uint64_t matrix_w =
+            move_matrix(weights, (tap - group_w.tap[0]) * kShape.rows << p.log_chunk);
+        uint64_t matrix_s =
+            move_matrix(source, p.w.plane[tap] * p.staged.extent_w + p.w.step[tap]);
         for (int v = 0; v < 1 << p.log_chunk; v += 2) {
-          const uint64_t matrix_w = w + v * kShape.rows, matrix_s = s + v * p.staged.pitch;
           if constexpr (kShape.rows_across)
             wgmma<T>(sums[phase], matrix_s, matrix_w);
           else
             wgmma<T>(sums[phase], matrix_w, matrix_s);
+          matrix_w = move_matrix(matrix_w, 2 * kShape.rows);
+          matrix_s = move_matrix(matrix_s, 2 * p.staged.pitch);
         }
       }
   }
 
   // By one of the warpgroups that multiply.
   __device__ void multiply(int warpgroup) {
-    constexpr int kAlongRows = kShape.rows / kShape.warpgroup_rows();
-    const int row0 = warpgroup % kAlongRows * kShape.warpgroup_rows(),
-              pixel0 = warpgroup / kAlongRows * kShape.warpgroup_pixels();
+    const int row0 = warpgroup % kAlongRows * kRows, pixel0 = warpgroup / kAlongRows * kPixels;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int row_pitch = p.staged.planes_w * p.staged.extent_w;  // pixels of a staged row
     const uint64_t weights =
-        matrix_descriptor(shared + p.weights_at, kShape.rows, kWgmmaGroupWidth) + row0;
-    const uint64_t source = matrix_descriptor(shared + p.source_at, p.staged.pitch, row_pitch) +
-                            pixel0 / kWgmmaGroupWidth * row_pitch;
+        matrix_descriptor(shared + p.weights_at + row0 * kVectorBytes, kShape.rows, 8);
+    const uint64_t source = matrix_descriptor(
+        shared + p.source_at + pixel0 / kWgmmaGroupWidth * row_pitch * kVectorBytes,
+        p.staged.pitch, row_pitch);
     const auto release = [&](uint64_t* empty, int buffer) {
       if (lane == 0 && buffer >= 0) mbarrier_arrive(empty + buffer);
     };
@@ -244,8 +255,9 @@ struct Wgmma {
                                 p.staged.images * row_pitch;
               mbarrier_wait(full_weights + stage.at, stage.parity);
               wgmma_fence();
-              multiply_step(group_w, weights + stage.at * (p.weight_bytes / kVectorBytes),
-                            source + buffer.at * (p.source_bytes / kVectorBytes) + shift, sums);
+              multiply_step(
+                  group_w, move_matrix(weights, stage.at * (p.weight_bytes / kVectorBytes)),
+                  move_matrix(source, buffer.at * (p.source_bytes / kVectorBytes) + shift), sums);
               wgmma_commit();
               wgmma_wait<1>();
               release(empty_weights, last_stage);

@@ -65,6 +65,7 @@ WgmmaPlan fill(Op op, const Params& params, int tile_index, const Device& device
   }
   p.source_at = p.weights_at + p.weight_stages * p.weight_bytes;
   p.shared_bytes = bytes(p.weight_stages, p.source_buffers);
+  p.tile_count = static_cast<uint32_t>(std::min<int64_t>(p.tiles(), 0x7fffffff));
   p.blocks = std::min<int64_t>(p.tiles(), device.multiprocessors);
   return p;
 }
@@ -95,7 +96,7 @@ bool prefer_wgmma(Op op, const Params& params) {
   const bool forward = op == Op::kForward;
   const int64_t rows = (forward ? q.c_out : q.c_in) / q.groups,
                 channels = (forward ? q.c_in : q.c_out) / q.groups;
-  return rows >= 64 && channels >= 32 && q.h.in >= 8 && q.w.in >= 8;
+  return rows >= 64 && channels >= 32 && q.h.in * q.w.in >= 256 && q.w.in >= kWgmmaGroupWidth;
 }
 
 WgmmaPlan plan_wgmma(Op op, const Params& params, const std::string& name, const Device& device) {

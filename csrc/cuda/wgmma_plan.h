@@ -16,6 +16,7 @@ namespace deconv {
 namespace cuda {
 
 struct WgmmaPlan : GatherPlan {
+  uint32_t tile_count;
   int32_t weight_stages;  // rows of the kernel, times a chunk of channels, in flight
   // Byte offsets in shared memory, after the mbarriers.
   int32_t pixels_at, weights_at, source_at;

@@ -16,7 +16,7 @@
 #include "machine.h"
 
 #define SITE __builtin_return_address(0)
-#define FAST __attribute__((optimize("O3")))
+#define FAST __attribute__((optimize("O3"), target_clones("avx2", "default")))
 
 namespace emulation {
 
@@ -36,6 +36,7 @@ struct Mbarrier {
   int arrivals, pending;
   int64_t bytes = 0;   // expected less arrived
   uint32_t phase = 0;  // completed so far
+  Site copied = nullptr;  // from where bytes were copied that nobody has waited for since
   std::vector<uint32_t> seen, fenced;            // of those who arrived, this phase
   std::vector<uint32_t> last_seen, last_fenced;  // of the last phase
 };
@@ -68,6 +69,7 @@ Thread& current() { return machine.threads[static_cast<size_t>(machine.thread)];
 void start_clocks() {
   if (clocks.on) return;
   clocks.on = true;
+  ++clocks.changes;
   clocks.actors = machine.threads.size() + kMaxMbarriers;
   clocks.seen.assign(machine.threads.size() * clocks.actors, 0);
   clocks.fenced = clocks.seen;
@@ -98,7 +100,9 @@ Mbarrier& mbarrier_of(Site site, void* s_barrier) {
 }
 
 // The phase that thread waits for is over: what those who arrived had seen, it has seen.
-void acquire(int thread, const Mbarrier& barrier) {
+void acquire(int thread, Mbarrier& barrier) {
+  barrier.copied = nullptr;
+  ++clocks.changes;
   join(clocks.seen_by(thread), barrier.last_seen.data());
   join(clocks.fenced_by(thread), barrier.last_fenced.data());
 }
@@ -129,6 +133,7 @@ void complete_if_due(Mbarrier& barrier) {
 void arrive(BulkCopy& copy) {
   std::memcpy(copy.to, copy.data.data(), copy.data.size());
   check_bulk_arrived(copy.to, copy.data.size(), copy.barrier->number);
+  copy.barrier->copied = copy.site;
   copy.barrier->bytes -= static_cast<int64_t>(copy.data.size());
   complete_if_due(*copy.barrier);
 }
@@ -149,9 +154,10 @@ void reset_asynchronous() {
   products.clear();
 }
 
-FAST void meet(int first, int count) {
+void meet(int first, int count) {
   if (!clocks.on) return;
   ++clocks.time;
+  ++clocks.changes;
   std::vector<uint32_t> seen(clocks.actors, 0), fenced(clocks.actors, 0);
   for (int t = first; t < first + count; ++t) {
     join(seen.data(), clocks.seen_by(t));
@@ -220,6 +226,7 @@ std::string awaited(int thread) {
 
 void fence_async_proxy() {
   start_clocks();
+  ++clocks.changes;
   uint32_t* seen = clocks.seen_by(machine.thread);
   seen[machine.thread] = ++clocks.time;
   std::copy_n(seen, clocks.actors, clocks.fenced_by(machine.thread));
@@ -264,7 +271,9 @@ bool copies_arrive(bool one) {
 
 void check_nothing_flies() {
   if (!copies.empty())
-    fail(copies[0].thread, copies[0].site, "copies bytes that nobody waits for before the end");
+    fail(copies[0].thread, copies[0].site, "copies bytes that nobody waits for");
+  for (const auto& [at, barrier] : mbarriers)
+    if (barrier.copied) fail(barrier.initialiser, barrier.copied, "copies bytes that nobody waits for");
 }
 
 // ---- products of a warpgroup --------------------------------------------------------------------
@@ -314,10 +323,9 @@ void read_matrix(const Descriptor& d, int rows, int lane0, const Product& p, con
         fail(lane0, p.site, "out of bounds: multiplies row %d of %s at byte %lld of shared memory",
              row, is_a ? "A" : "B", static_cast<long long>(address) - kWindow);
       // A warp multiplies its own 16 rows of A by all of B.
-      for (int warp = is_a ? row / 16 : 0; warp < (is_a ? row / 16 + 1 : 4); ++warp) {
-        check_product_reads(lane0 + warp * kWarp, p.site, from, seen, fenced);
-        reads[warp].push_back(shared_offset(from));
-      }
+      const int warp = is_a ? row / 16 : 0, warps = is_a ? 1 : 4;
+      check_product_reads(lane0 / kWarp + warp, warps, p.site, from, seen, fenced);
+      for (int i = warp; i < warp + warps; ++i) reads[i].push_back(shared_offset(from));
       T values[8];
       std::memcpy(values, from, 16);
       for (int k = 0; k < 8; ++k)
@@ -338,13 +346,21 @@ void multiply(void* const* lanes) {
     return *static_cast<const Product*>(lanes[lane]);
   };
   const Product& p = of(0);
-  std::vector<uint32_t> seen(clocks.seen_by(lane0), clocks.seen_by(lane0) + clocks.actors),
-      fenced(clocks.fenced_by(lane0), clocks.fenced_by(lane0) + clocks.actors);
-  for (int lane = 1; lane < kWarpgroup; ++lane) {
+  for (int lane = 1; lane < kWarpgroup; ++lane)
     if (of(lane).a != p.a || of(lane).b != p.b || of(lane).columns != p.columns)
       fail(lane0 + lane, p.site, "multiplies other matrices than lane 0 of its warpgroup");
-    bound(seen.data(), clocks.seen_by(lane0 + lane));
-    bound(fenced.data(), clocks.fenced_by(lane0 + lane));
+  // What all of its lanes have seen; nothing changes while it issues one product after another.
+  static std::vector<uint32_t> seen, fenced;
+  static std::pair<uint64_t, int> seen_at;
+  const std::pair<uint64_t, int> now{clocks.changes, lane0};
+  if (seen_at != now || seen.size() != clocks.actors) {
+    seen_at = now;
+    seen.assign(clocks.seen_by(lane0), clocks.seen_by(lane0) + clocks.actors);
+    fenced.assign(clocks.fenced_by(lane0), clocks.fenced_by(lane0) + clocks.actors);
+    for (int lane = 1; lane < kWarpgroup; ++lane) {
+      bound(seen.data(), clocks.seen_by(lane0 + lane));
+      bound(fenced.data(), clocks.fenced_by(lane0 + lane));
+    }
   }
   const size_t columns = static_cast<size_t>(p.columns);
   std::vector<float> a(64 * 16), b(columns * 16), transposed(columns * 16), c(64 * columns);

@@ -356,9 +356,10 @@ void check_bulk_arrived(void* to, size_t bytes, int barrier) {
   }
 }
 
-void check_product_reads(int thread, Site site, const void* from, const uint32_t* seen,
+void check_product_reads(int warp, int warps, Site site, const void* from, const uint32_t* seen,
                          const uint32_t* fenced) {
   const size_t at = shared_offset(from);
+  const int thread = warp * kWarp;
   for (size_t i = at; i < at + kGranule; ++i) {
     const SharedByte& b = shared_shadow[i];
     if (b.in_flight)
@@ -379,8 +380,7 @@ void check_product_reads(int thread, Site site, const void* from, const uint32_t
            "and a proxy fence in between",
            i, b.writer);
   }
-  Reads& reads = reads_of(at, static_cast<size_t>(thread / kWarp));
-  ++reads.products;
+  for (int i = warp; i < warp + warps; ++i) ++reads_of(at, static_cast<size_t>(i)).products;
 }
 
 void product_has_read(int warp, size_t at) {

@@ -95,9 +95,9 @@ bool in_shared(const void* address, size_t bytes);
 // The same of a copy by the copy engine that completes on mbarrier number `barrier`.
 void check_bulk_issued(int thread, Site site, void* to, size_t bytes);
 void check_bulk_arrived(void* to, size_t bytes, int barrier);
-// 16 bytes that a product reads for the warp of `thread`; `seen` and `fenced` as in `Clocks`, of all
-// threads of the warpgroup.
-void check_product_reads(int thread, Site site, const void* from, const uint32_t* seen,
+// 16 bytes that a product reads for some warps from `warp` on; `seen` and `fenced` as in `Clocks`, of
+// all threads of the warpgroup.
+void check_product_reads(int warp, int warps, Site site, const void* from, const uint32_t* seen,
                          const uint32_t* fenced);
 void product_has_read(int warp, size_t at);
 void start_reads();
@@ -113,6 +113,7 @@ constexpr int kMaxMbarriers = 64;
 struct Clocks {
   bool on = false;
   uint32_t time = 0;
+  uint64_t changes = 0;  // of what anybody has seen
   size_t actors = 0;
   std::vector<uint32_t> seen, fenced;  // [thread][actor]
   uint32_t* seen_by(int thread) { return &seen[static_cast<size_t>(thread) * actors]; }
