@@ -175,9 +175,9 @@ class Emulator:
         self,
         processors: int = 132,
         capability: tuple[int, int] = (9, 0),
-        shared_bytes: int = 227 * 1024,
+        shared_bytes: int = 227 << 10,
     ) -> None:
-        """The device that configurations are chosen for."""
+        """The device that configurations are chosen for; shared memory is what a block may have."""
         attributes = {16: processors, 75: capability[0], 76: capability[1], 97: shared_bytes}
         for which, value in attributes.items():
             self._library.emulation_set_attribute(which, value)

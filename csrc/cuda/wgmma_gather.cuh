@@ -46,7 +46,7 @@ constexpr int kSourceWarps = 3;
 // products get of them. More than the block was launched with are never to be had, so a sum too
 // large would wait for ever.
 constexpr int kLaunchRegisters = 65536 / kWgmmaThreads / 8 * 8;
-constexpr int kCopyRegisters = 88, kProductRegisters = 208;
+constexpr int kCopyRegisters = 104, kProductRegisters = 200;
 static_assert(kCopyRegisters + kWgmmaConsumers * kProductRegisters <=
                   (1 + kWgmmaConsumers) * kLaunchRegisters,
               "see above");

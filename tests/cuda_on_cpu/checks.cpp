@@ -162,6 +162,15 @@ void check_reads(int thread, Site site, size_t at, size_t bytes) {
     check_reads(thread, site, i);
 }
 
+void note_reads(int thread, size_t at, size_t bytes) {
+  if (!clocks.on) return;
+  for (size_t i = at / kGranule * kGranule; i < at + bytes; i += kGranule) {
+    Reads& reads = reads_of(i, static_cast<size_t>(thread / kWarp));
+    reads.lanes |= 1u << thread % kWarp;
+    reads.time = clocks.time;
+  }
+}
+
 void check_not_read(int thread, Site site, const SharedByte& b, size_t at) {
   if (clocks.on) return;  // check_reads has
   if (b.reader == kNobody || b.reader == thread ||
@@ -188,9 +197,10 @@ void check_not_written(int thread, Site site, const SharedByte& b, size_t at, Ac
 }
 
 void check_shared(int thread, Site site, size_t at, size_t bytes, Access access) {
+  if (access == Access::kWrite) check_reads(thread, site, at, bytes);
+  if (access == Access::kRead) note_reads(thread, at, bytes);
   const int16_t warp = static_cast<int16_t>(thread / kWarp), me = static_cast<int16_t>(thread);
   const uint32_t warp_epoch = machine.warp_epoch[static_cast<size_t>(warp)];
-  if (access == Access::kWrite) check_reads(thread, site, at, bytes);
   for (size_t i = at; i < at + bytes; ++i) {
     SharedByte& b = shared_shadow[i];
     if (b.in_flight)
@@ -214,11 +224,6 @@ void check_shared(int thread, Site site, size_t at, size_t bytes, Access access)
       b.reader_warp = !again || b.reader_warp == warp ? warp : static_cast<int16_t>(kSeveral);
       b.read_epoch = machine.epoch;
       b.read_warp_epoch = warp_epoch;
-      if (clocks.on && (i == at || i % kGranule == 0)) {
-        Reads& reads = reads_of(i, static_cast<size_t>(warp));
-        reads.lanes |= 1u << thread % kWarp;
-        reads.time = clocks.time;
-      }
     }
   }
 }
@@ -328,13 +333,16 @@ void check_copy_arrived(int thread, Site site, void* to, size_t bytes) {
 
 // ---- the asynchronous proxy ---------------------------------------------------------------------
 
+// Copies and products take multiples of 16 bytes; threads write elements of two and more, so every
+// other byte is looked at.
+
 void start_reads() {
   const size_t warps = (machine.threads.size() + kWarp - 1) / kWarp;
   shared_reads.assign((machine.shared_bytes + kGranule - 1) / kGranule * warps, Reads{});
 }
 
 void check_bulk_issued(int thread, Site site, void* to, size_t bytes) {
-  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; ++i) {
+  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; i += 2) {
     const SharedByte& b = shared_shadow[i];
     if (b.writer != kNobody && !b.by_engine && clocks.fenced_by(thread)[b.writer] <= b.write_time)
       fail(thread, site, "copies to byte %zu of shared memory, written without a proxy fence since",
@@ -360,7 +368,7 @@ void check_product_reads(int warp, int warps, Site site, const void* from, const
                          const uint32_t* fenced) {
   const size_t at = shared_offset(from);
   const int thread = warp * kWarp;
-  for (size_t i = at; i < at + kGranule; ++i) {
+  for (size_t i = at; i < at + kGranule; i += 2) {
     const SharedByte& b = shared_shadow[i];
     if (b.in_flight)
       fail(thread, site, "multiplies byte %zu of shared memory, whose asynchronous copy is in flight",
