@@ -12,8 +12,23 @@ constexpr int kElementBytes = 2;
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 128) * 128; }
 
-// One row of the tile is 8 pixels; which part of the others are images?
-void cut_pixels(int pixels, int64_t batch, WgmmaPlan* p) {
+int64_t source_bytes(const StagedTile& s, int log_chunk) {
+  return aligned(int64_t{copy_pitch(s.pixels, 1 << log_chunk)} * kVectorBytes << log_chunk);
+}
+
+int64_t bytes_before_weights(const StagedTile& s) {
+  return aligned(4 * kMaxWgmmaStages * 8 + int64_t{s.pixels} * 8);
+}
+
+// Of shared memory, with so many stages of weights and buffers of the source.
+int64_t shared_bytes(const WgmmaPlan& p, const StagedTile& s, int stages, int buffers) {
+  return bytes_before_weights(s) + int64_t{stages} * p.weight_bytes +
+         int64_t{buffers} * source_bytes(s, p.log_chunk);
+}
+
+// One row of the tile is 8 pixels; which part of the others are images? Among the cuts that fit, so
+// that whether any does is no matter of the batch.
+void cut_pixels(int pixels, int64_t batch, int64_t most_bytes, WgmmaPlan* p) {
   int log_groups = 0;
   while (kWgmmaGroupWidth << log_groups < pixels) ++log_groups;
   double best = std::numeric_limits<double>::infinity();
@@ -29,7 +44,8 @@ void cut_pixels(int pixels, int64_t batch, WgmmaPlan* p) {
                  1 << log_n,  0,                        0};
     s.pixels = s.images * s.planes_h * s.extent_h * s.planes_w * s.extent_w;
     const double cost = static_cast<double>(t.tiles()) * (pixels + 0.25 * s.pixels);
-    if (cost < best) best = cost, p->tiling = t, p->staged = s;
+    if (cost < best && shared_bytes(*p, s, 2, 2) <= most_bytes)
+      best = cost, p->tiling = t, p->staged = s;
   }
 }
 
@@ -39,39 +55,36 @@ WgmmaPlan fill(Op op, const Params& params, int tile_index, const Device& device
   static_cast<GatherPlan&>(p) =
       describe_gather(op, params, kElementBytes, tile.rows, tile.phases);
   p.tile = tile_index;
-  cut_pixels(tile.pixels, params.problem.batch, &p);
-  p.staged.pitch = copy_pitch(p.staged.pixels, 1 << p.log_chunk);
   p.weight_bytes = p.step_vectors * tile.rows * kVectorBytes;
-  p.source_bytes =
-      static_cast<int32_t>(aligned(int64_t{p.staged.pitch} * kVectorBytes << p.log_chunk));
+  cut_pixels(tile.pixels, params.problem.batch, device.shared_bytes, &p);
+  if (p.staged.pixels == 0) return p;  // none fits
+  p.staged.pitch = copy_pitch(p.staged.pixels, 1 << p.log_chunk);
+  p.source_bytes = static_cast<int32_t>(source_bytes(p.staged, p.log_chunk));
+  p.pixels_at = 4 * kMaxWgmmaStages * 8;
+  p.weights_at = static_cast<int32_t>(bytes_before_weights(p.staged));
 
   // Two of each at least, so that copies go on beside products; then what there is room for.
-  p.pixels_at = 4 * kMaxWgmmaStages * 8;
-  p.weights_at = static_cast<int32_t>(aligned(p.pixels_at + p.staged.pixels * 8));
-  const auto bytes = [&](int stages, int buffers) {
-    return p.weights_at + int64_t{stages} * p.weight_bytes + int64_t{buffers} * p.source_bytes;
-  };
   p.weight_stages = p.source_buffers = 2;
   for (bool more = true; more;) {
     more = false;
     for (int32_t* count : {&p.source_buffers, &p.weight_stages}) {
       if (*count == kMaxWgmmaStages) continue;
       ++*count;
-      if (bytes(p.weight_stages, p.source_buffers) <= device.shared_bytes)
+      if (shared_bytes(p, p.staged, p.weight_stages, p.source_buffers) <= device.shared_bytes)
         more = true;
       else
         --*count;
     }
   }
   p.source_at = p.weights_at + p.weight_stages * p.weight_bytes;
-  p.shared_bytes = bytes(p.weight_stages, p.source_buffers);
+  p.shared_bytes = shared_bytes(p, p.staged, p.weight_stages, p.source_buffers);
   p.tile_count = static_cast<uint32_t>(std::min<int64_t>(p.tiles(), 0x7fffffff));
   p.blocks = std::min<int64_t>(p.tiles(), device.multiprocessors);
   return p;
 }
 
-bool fits(const WgmmaPlan& p, const Device& device) {
-  return p.shared_bytes <= device.shared_bytes && p.tiles() <= 0x7fffffff &&
+bool fits(const WgmmaPlan& p) {
+  return p.staged.pixels != 0 && p.tiles() <= 0x7fffffff &&
          p.staged.pitch < 1 << 14 && p.rows_padded < 1 << 26;
 }
 
@@ -104,7 +117,7 @@ WgmmaPlan plan_wgmma(Op op, const Params& params, const std::string& name, const
   for (int i = 0; i < kWgmmaTileCount; ++i) {
     if (name == kWgmmaTiles[i].name) {
       const WgmmaPlan plan = fill(op, params, i, device);
-      if (fits(plan, device)) return plan;
+      if (fits(plan)) return plan;
       throw std::invalid_argument("the tile '" + name +
                                   "' does not fit shared memory with this kernel, dilation and "
                                   "stride");
@@ -125,7 +138,7 @@ WgmmaPlan plan_wgmma(Op op, const Params& params, const std::string& name, const
     if (tile.rows_across != across || tile.phases != phases) continue;
     if (tile.rows_across && tile.rows > 128 && rows <= tile.rows / 2) continue;
     const WgmmaPlan plan = fill(op, params, i, device);
-    if (fits(plan, device)) return plan;
+    if (fits(plan)) return plan;
   }
   throw std::invalid_argument(
       "no wgmma tile fits shared memory with this kernel, dilation and stride");
