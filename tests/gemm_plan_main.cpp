@@ -1,6 +1,7 @@
 // Prints what the planner of the CUDA matrix kernels decides, one line a problem read from standard
-// input, products by number and 4 for wgmma: op product target_layout sms  batch c_in c_out groups  h: in out kernel stride dilation
-// pad w: the same. Lines out: the plan, then for each axis its taps.
+// input, products by number and 4 for wgmma: op product target_layout sms  batch c_in c_out groups
+// h: in out kernel stride dilation pad w: the same. Lines out: the plan, then for each axis its
+// taps.
 #include <cstdio>
 #include <iostream>
 #include <stdexcept>

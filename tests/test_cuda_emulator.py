@@ -54,7 +54,7 @@ MISTAKES: dict[str, str] = {
     "divergent_barrier": r"waits at a barrier, but other threads have ended",
     "two_barriers": r"waits at a barrier, but other threads wait at another one",
     "return_before_barrier": r"waits at a barrier, but other threads have ended",
-    "divergent_shuffle": r"waits at a collective that other lanes of its warp or warpgroup do not reach",
+    "divergent_shuffle": r"waits at a collective that other lanes of its warp or warpgroup do",
     "partial_mask": r"the mask of a collective is 65535, not full",
     "two_blocks_write_one_address": r"race: writes byte 20 of y, which block \d, thread \d+ has",
     "two_threads_write_one_address": r"race: writes byte \d+ of y, which block \d, thread \d+ has",
@@ -163,7 +163,7 @@ def test_conversions_keep_every_number(machine: Emulator, dtype: torch.dtype) ->
         assert torch.equal(got.view(torch.short), x.view(torch.short))
 
 
-# ---- sm_90a ---------------------------------------------------------------------------------------
+# ---- sm_90a -------------------------------------------------------------------------------------
 
 ASYNCHRONOUS: dict[str, str] = {
     "bulk_not_waited_for": r"reads byte \d+ of shared memory, (whose|which is uninit)",
@@ -187,7 +187,7 @@ ASYNCHRONOUS: dict[str, str] = {
     "product_waits_for_too_few": r"reads sums of a product that it has not waited for",
     "product_never_awaited": r"ends with products in flight",
     "product_overwritten": r"writes byte \d+ of shared memory, which a product of warp \d reads",
-    "product_overwritten_by_others": r"writes byte \d+ of shared memory, which (a product of )?warp",
+    "product_overwritten_by_others": r"writes byte \d+ of shared memory, which (a product|warp)",
     "product_divergent": r"waits at a collective that other lanes of its warp or warpgroup do not",
     "product_out_of_bounds": r"out of bounds: multiplies row 255 of B at byte 10240",
     "product_of_copy_early": r"multiplies byte \d+ of shared memory, whose (asynchronous|bulk)",

@@ -73,7 +73,7 @@ def test_exact(op: str, algo: str) -> None:
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @each_op
 def test_two_buffers_are_enough(op: str, layout: str) -> None:
-    """In as little shared memory as the kernel takes, roles do not wait for each other in a ring."""
+    """In as little shared memory as it takes, roles do not wait for each other in a circle."""
     case = make_case("long", (1, 200, 3, 9), 136, (3, 2), (1, 2))
     operands, results = exact(case, False)
     t = cast(operands, torch.bfloat16, layout)

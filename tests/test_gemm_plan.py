@@ -202,8 +202,8 @@ def test_order_of_summation_is_that_of_one_image(planner: Path, layout: str, pro
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS[:2])
 def test_wgmma_has_a_tile_for_every_layer(planner: Path, op: str, layout: str) -> None:
-    """... with two buffers of each kind at least, and whether it is taken, its tile and its order of
-    summation depend neither on the batch nor on the GPU."""
+    """... with two buffers of each kind at least, and whether it is taken, its tile and its order
+    of summation depend neither on the batch nor on the GPU."""
     layers = [case for case in load_layers("gpu") if plannable(case)]
     settings = [(batch, sms) for batch in (1, 64) for sms in (2, 132)]
     queries = [

@@ -75,18 +75,19 @@ struct WgmmaTile {
   constexpr bool legal() const {
     return rows / warpgroup_rows() * (pixels / warpgroup_pixels()) == kWgmmaConsumers &&
            rows % warpgroup_rows() == 0 && pixels % warpgroup_pixels() == 0 &&
-           accumulators() <= kMaxAccumulators && (!rows_across || phases == 1) &&
-           phases <= 4 && (columns == 64 || columns == 128 || columns == 256) &&
+           accumulators() <= kMaxAccumulators && (!rows_across || phases == 1) && phases <= 4 &&
+           (columns == 64 || columns == 128 || columns == 256) &&
            2 * kStepVectors * rows * kVectorBytes <= kSharedBytes * 2 / 3;
   }
 };
 
 constexpr WgmmaTile kWgmmaTiles[] = {
     {"128x128x2", 128, 128, 128, 2, false},    // 0: stride 2
-    {"64x128x4", 64, 128, 64, 4, false},       // 1: strides of 3 and more
-    {"128x256", 128, 256, 256, 1, false},      // 2: grad_input, stride 1
-    {"256x128_last", 256, 128, 256, 1, true},  // 3: channels_last
-    {"128x128_last", 128, 128, 128, 1, true},  // 4: the same, up to 128 rows
+    {"64x256x2", 64, 256, 128, 2, false},      // 1: the same, up to 64 rows
+    {"64x128x4", 64, 128, 64, 4, false},       // 2: strides of 3 and more
+    {"128x256", 128, 256, 256, 1, false},      // 3: grad_input, stride 1
+    {"256x128_last", 256, 128, 256, 1, true},  // 4: channels_last
+    {"128x128_last", 128, 128, 128, 1, true},  // 5: the same, up to 128 rows
 };
 constexpr int kWgmmaTileCount = sizeof(kWgmmaTiles) / sizeof(WgmmaTile);
 

@@ -63,8 +63,8 @@ constexpr int kBatch =
     3;  // vectors of a thread that are read before the first is written; 4 would spill
 
 // Vectors [c0, c0 + (1 << log_vectors) * v) of channels of `pixels` pixels, by kThreads threads of
-// which this is number `thread`; place(i) says where pixel i lies, relative to the first of the tile
-// at (n0, h0, w0). Asynchronous copies are left for the caller to commit.
+// which this is number `thread`; place(i) says where pixel i lies, relative to the first of the
+// tile at (n0, h0, w0). Asynchronous copies are left for the caller to commit.
 template <class T, int kThreads, class Place>
 __device__ __forceinline__ void stage_pixels(unsigned char* to, int pitch, const Place& place,
                                              int pixels, int log_vectors, const Operand& o,

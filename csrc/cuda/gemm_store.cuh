@@ -67,10 +67,9 @@ __device__ __forceinline__ int row_of_strip(int lane, int strip) {
 }
 
 // The sums of a warp: 16 x 16 tiles of rows x pixels (rows_across: pixels x rows), each lane's as
-// mma.cuh says. `warp_row` is the first row; pixel_of(i) the warp's i-th pixel. kRun: rows of a run,
-// rows_across, else 0.
-template <class T, int kRun, int kPhases, int kStripsA, int kStripsB, class Sum,
-          class PixelOf>
+// mma.cuh says. `warp_row` is the first row; pixel_of(i) the warp's i-th pixel. kRun: rows of a
+// run, rows_across, else 0.
+template <class T, int kRun, int kPhases, int kStripsA, int kStripsB, class Sum, class PixelOf>
 __device__ __forceinline__ void store_sums(
     const GatherPlan& p, const GatherPlace& at, int warp_row, const PixelOf& pixel_of,
     const Sum (&sums)[kPhases][kStripsA][kStripsB][kAccumulators]) {

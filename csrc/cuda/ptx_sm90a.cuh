@@ -1,5 +1,5 @@
-// Instructions of sm_90a alone, as ptx.cuh has the others: mbarriers, copies by the copy engine, and
-// products of a warpgroup. On the CPU tests/cuda_on_cpu/asynchronous.cpp takes their place.
+// Instructions of sm_90a alone, as ptx.cuh has the others: mbarriers, copies by the copy engine,
+// and products of a warpgroup. On the CPU tests/cuda_on_cpu/asynchronous.cpp takes their place.
 //
 // Titles in quotes are sections of the PTX ISA.
 //
@@ -56,10 +56,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* s_barrier, int 
 #if defined(DECONV_CUDA_ON_CPU)
   emulation::mbarrier_arrive(s_barrier, bytes);
 #else
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(s_barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(s_barrier)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 
@@ -101,8 +101,8 @@ __device__ __forceinline__ void copy_bulk(void* s_to, const void* from, int byte
   emulation::copy_bulk(s_to, from, bytes, s_barrier);
 #else
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(s_to)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(s_to)),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(s_barrier))
       : "memory");
 #endif
@@ -197,24 +197,26 @@ __device__ __forceinline__ void wgmma_pin(float (&sums)[n]) {
 #define DECONV_64(f, i) DECONV_32(f, i), DECONV_32(f, i + 32)
 #define DECONV_128(f, i) DECONV_64(f, i), DECONV_64(f, i + 64)
 #define DECONV_SUM(i) "+f"(sums[i])
-#define DECONV_T10(t)                                                                        \
-  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, " \
+#define DECONV_T10(t)                                                                    \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t \
+  "8, "                                                                                  \
   "%" #t "9, "
-#define DECONV_NAMES_32                                                                  \
+#define DECONV_NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " DECONV_T10(1) DECONV_T10(2) "%30, %31"
-#define DECONV_NAMES_64                                                                     \
-  DECONV_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, " DECONV_T10(4) DECONV_T10(5) \
-  "%60, %61, %62, %63"
-#define DECONV_NAMES_128                                                                          \
-  DECONV_NAMES_64 ", %64, %65, %66, %67, %68, %69, " DECONV_T10(7) DECONV_T10(8) DECONV_T10(9)    \
-  DECONV_T10(10) DECONV_T10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define DECONV_NAMES_64                                                      \
+  DECONV_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, " DECONV_T10(4) \
+      DECONV_T10(5) "%60, %61, %62, %63"
+#define DECONV_NAMES_128                                                                       \
+  DECONV_NAMES_64 ", %64, %65, %66, %67, %68, %69, " DECONV_T10(7) DECONV_T10(8) DECONV_T10(9) \
+      DECONV_T10(10) DECONV_T10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
 // The last operands: scale-d 1 (sums are kept), A and B neither negated nor transposed.
-#define DECONV_WGMMA(columns, type, names, a, b, sums)                                      \
-  asm volatile("{\n.reg .pred keep;\nsetp.eq.u32 keep, 0, 0;\n"                             \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" names \
-               "}, " a ", " b ", keep, 1, 1, 0, 0;\n}"                                      \
-               : sums                                                                       \
-               : "l"(matrix_a), "l"(matrix_b))
+#define DECONV_WGMMA(columns, type, names, a, b, sums)                                         \
+  asm volatile(                                                                                \
+      "{\n.reg .pred keep;\nsetp.eq.u32 keep, 0, 0;\n"                                         \
+      "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" names "}, " a \
+      ", " b ", keep, 1, 1, 0, 0;\n}"                                                          \
+      : sums                                                                                   \
+      : "l"(matrix_a), "l"(matrix_b))
 
 // sums += A B, "wgmma.mma_async": A 64 x 16 and B 16 x columns by descriptors, T is Float16 or
 // BFloat16. Thread 32 w + 4 g + t has of the sums, in float32 ("Register Fragments"),

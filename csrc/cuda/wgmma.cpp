@@ -38,9 +38,8 @@ std::vector<std::string> wgmma_configs(Op op) {
 }
 
 const char* wgmma_declines(Op op, const Params& params, const std::string& config) {
-  if (const char* declined =
-          decline_wgmma(op, params, attribute(cudaDevAttrComputeCapabilityMajor),
-                        attribute(cudaDevAttrComputeCapabilityMinor)))
+  if (const char* declined = decline_wgmma(op, params, attribute(cudaDevAttrComputeCapabilityMajor),
+                                           attribute(cudaDevAttrComputeCapabilityMinor)))
     return declined;
   if (!kernels_of(params.dtype).compiled()) return "it was not compiled for sm_90a";
   try {
@@ -54,8 +53,7 @@ const char* wgmma_declines(Op op, const Params& params, const std::string& confi
 std::string run_wgmma(Op op, const Params& params, const std::string& config,
                       const Context& context) {
   WgmmaPlan plan = plan_wgmma(op, params, config, current_device());
-  const GemmKernels& gemm =
-      params.dtype == Dtype::kFloat16 ? kGemmFloat16 : kGemmBFloat16;
+  const GemmKernels& gemm = params.dtype == Dtype::kFloat16 ? kGemmFloat16 : kGemmBFloat16;
   plan.packed = context.workspace(static_cast<size_t>(plan.packed_vectors()) * kVectorBytes);
   const WgmmaTile& tile = kWgmmaTiles[plan.tile];
   gemm.pack(plan, tile.rows_across ? kWgmmaRun : 0, context.stream);

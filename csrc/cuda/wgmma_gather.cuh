@@ -14,8 +14,8 @@
 //                      take neither the unaligned rows of NCHW nor the step
 //     1 and 2          multiply and store
 //
-// They meet at mbarriers, a pair for each buffer: `full`, when what was copied may be multiplied, and
-// `empty`, when it has been.
+// They meet at mbarriers, a pair for each buffer: `full`, when what was copied may be multiplied,
+// and `empty`, when it has been.
 //
 //     shared memory    full and empty of weights, full and empty of sources   [stage or buffer]
 //                      PixelAt [staged pixel]
@@ -29,8 +29,8 @@
 //
 // Products of a step are issued while those of the last one run; then that one's buffers are free.
 //
-// Bytes moved: as gemm_gather.cuh. Order of summation: group, chunk, row of the kernel, column of the
-// kernel, channel, for whatever tile.
+// Bytes moved: as gemm_gather.cuh. Order of summation: group, chunk, row of the kernel, column of
+// the kernel, channel, for whatever tile.
 #pragma once
 
 #include "gemm_gather.cuh"
@@ -179,12 +179,12 @@ struct Wgmma {
             mbarrier_wait(empty_source + ring.at, ring.parity ^ 1);
             stage_pixels<T, kSourceWarps * 32>(
                 shared + p.source_at + ring.at * p.source_bytes, p.staged.pitch, place,
-                p.staged.pixels, p.log_chunk, p.source, at.group, at.n0,
-                at.h0 * p.h.source_step, at.w0 * p.w.source_step,
+                p.staged.pixels, p.log_chunk, p.source, at.group, at.n0, at.h0 * p.h.source_step,
+                at.w0 * p.w.source_step,
                 (chunk << p.log_chunk) * static_cast<int>(kVectorBytes / sizeof(T)), thread);
             if (p.source.vectors && p.source_buffers > 2) {
-              // The copies of this chunk fly while the last one's are waited for. Of two buffers none
-              // would be left then: the other is free after the first products of this chunk.
+              // The copies of this chunk fly while the last one's are waited for. Of two buffers
+              // none would be left then: the other is free after the first products of this chunk.
               copy_async_commit();
               copy_async_wait<1>();
               if (flying >= 0) copied(flying);
@@ -210,8 +210,7 @@ struct Wgmma {
       for (int tap = group_w.tap[phase]; tap < group_w.tap[phase + 1]; ++tap) {
         uint64_t matrix_w =
             move_matrix(weights, (tap - group_w.tap[0]) * kShape.rows << p.log_chunk);
-        uint64_t matrix_s =
-            move_matrix(source, p.w.plane[tap] * p.staged.extent_w + p.w.step[tap]);
+        uint64_t matrix_s = move_matrix(source, p.w.plane[tap] * p.staged.extent_w + p.w.step[tap]);
         for (int v = 0; v < 1 << p.log_chunk; v += 2) {
           if constexpr (kShape.rows_across)
             wgmma<T>(sums[phase], matrix_s, matrix_w);
@@ -231,8 +230,8 @@ struct Wgmma {
     const uint64_t weights =
         matrix_descriptor(shared + p.weights_at + row0 * kVectorBytes, kShape.rows, 8);
     const uint64_t source = matrix_descriptor(
-        shared + p.source_at + pixel0 / kWgmmaGroupWidth * row_pitch * kVectorBytes,
-        p.staged.pitch, row_pitch);
+        shared + p.source_at + pixel0 / kWgmmaGroupWidth * row_pitch * kVectorBytes, p.staged.pitch,
+        row_pitch);
     const auto release = [&](uint64_t* empty, int buffer) {
       if (lane == 0 && buffer >= 0) mbarrier_arrive(empty + buffer);
     };
@@ -322,8 +321,8 @@ struct Wgmma {
 #define DECONV_WGMMA_THREADS 32
 #endif
 template <class T, int kTile>
-__global__ __launch_bounds__(DECONV_WGMMA_THREADS, 1) void wgmma_kernel(
-    const __grid_constant__ WgmmaPlan p) {
+__global__ __launch_bounds__(DECONV_WGMMA_THREADS,
+                             1) void wgmma_kernel(const __grid_constant__ WgmmaPlan p) {
 #if DECONV_SM90A
   Wgmma<T, kTile>(p).run();
 #endif

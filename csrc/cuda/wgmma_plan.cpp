@@ -40,8 +40,13 @@ void cut_pixels(int pixels, int64_t batch, int64_t most_bytes, WgmmaPlan* p) {
                         static_cast<int32_t>(ceil_div(batch, int64_t{1} << log_n)),
                         static_cast<int32_t>(ceil_div(p->h.positions, int64_t{1} << log_h)),
                         static_cast<int32_t>(ceil_div(p->w.positions, kWgmmaGroupWidth))};
-    StagedTile s{p->h.planes, (1 << log_h) + p->h.span, p->w.planes, kWgmmaGroupWidth + p->w.span,
-                 1 << log_n,  0,                        0};
+    StagedTile s{p->h.planes,
+                 (1 << log_h) + p->h.span,
+                 p->w.planes,
+                 kWgmmaGroupWidth + p->w.span,
+                 1 << log_n,
+                 0,
+                 0};
     s.pixels = s.images * s.planes_h * s.extent_h * s.planes_w * s.extent_w;
     const double cost = static_cast<double>(t.tiles()) * (pixels + 0.25 * s.pixels);
     if (cost < best && shared_bytes(*p, s, 2, 2) <= most_bytes)
@@ -52,8 +57,7 @@ void cut_pixels(int pixels, int64_t batch, int64_t most_bytes, WgmmaPlan* p) {
 WgmmaPlan fill(Op op, const Params& params, int tile_index, const Device& device) {
   const WgmmaTile& tile = kWgmmaTiles[tile_index];
   WgmmaPlan p{};
-  static_cast<GatherPlan&>(p) =
-      describe_gather(op, params, kElementBytes, tile.rows, tile.phases);
+  static_cast<GatherPlan&>(p) = describe_gather(op, params, kElementBytes, tile.rows, tile.phases);
   p.tile = tile_index;
   p.weight_bytes = p.step_vectors * tile.rows * kVectorBytes;
   cut_pixels(tile.pixels, params.problem.batch, device.shared_bytes, &p);
@@ -84,8 +88,8 @@ WgmmaPlan fill(Op op, const Params& params, int tile_index, const Device& device
 }
 
 bool fits(const WgmmaPlan& p) {
-  return p.staged.pixels != 0 && p.tiles() <= 0x7fffffff &&
-         p.staged.pitch < 1 << 14 && p.rows_padded < 1 << 26;
+  return p.staged.pixels != 0 && p.tiles() <= 0x7fffffff && p.staged.pitch < 1 << 14 &&
+         p.rows_padded < 1 << 26;
 }
 
 bool rows_across(Op op, const Params& params) {
@@ -124,22 +128,24 @@ WgmmaPlan plan_wgmma(Op op, const Params& params, const std::string& name, const
     }
     names += std::string(names.empty() ? "" : ", ") + kWgmmaTiles[i].name;
   }
-  if (!name.empty())
-    throw std::invalid_argument("the tile '" + name + "' is not one of " + names);
+  if (!name.empty()) throw std::invalid_argument("the tile '" + name + "' is not one of " + names);
 
   const Problem& q = params.problem;
   const bool across = rows_across(op, params), forward = op == Op::kForward;
   const int64_t stride = forward && !across ? std::min(q.w.stride, q.w.out) : 1;
   const int phases = stride <= 2 ? static_cast<int>(stride) : 4;
   const int64_t rows = (forward ? q.c_out : q.c_in) / q.groups;
+  // Of the tiles for the layout and the stride the first that is not half empty, or else the last.
+  WgmmaPlan last{};
   for (int i = 0; i < kWgmmaTileCount; ++i) {
     const WgmmaTile& tile = kWgmmaTiles[i];
-    // Of the tiles for the layout, of which the larger comes first: the first that is not half empty.
     if (tile.rows_across != across || tile.phases != phases) continue;
-    if (tile.rows_across && tile.rows > 128 && rows <= tile.rows / 2) continue;
     const WgmmaPlan plan = fill(op, params, i, device);
-    if (fits(plan)) return plan;
+    if (!fits(plan)) continue;
+    if (2 * rows > tile.rows) return plan;
+    last = plan;
   }
+  if (fits(last)) return last;
   throw std::invalid_argument(
       "no wgmma tile fits shared memory with this kernel, dilation and stride");
 }

@@ -1,9 +1,9 @@
 // The plan of the wgmma kernels: that of gemm_plan.h with another cut of the pixels.
 //
-// A product of a warpgroup takes the pixels of its operand in groups of 8 neighbours, the groups at a
-// constant distance. So a tile is 8 pixels wide, and its rows, of all its images, are at the distance
-// of a staged row: pixels lie in shared memory as [plane h][h][image][plane w][w], and pixel i of a
-// tile has
+// A product of a warpgroup takes the pixels of its operand in groups of 8 neighbours, the groups at
+// a constant distance. So a tile is 8 pixels wide, and its rows, of all its images, are at the
+// distance of a staged row: pixels lie in shared memory as [plane h][h][image][plane w][w], and
+// pixel i of a tile has
 //
 //     w = i % 8,   image = i / 8 % images,   h = i / 8 / images
 //

@@ -1,5 +1,5 @@
-// What goes on beside the threads on sm_90a: mbarriers, the copy engine (cp.async.bulk) and products
-// of a warpgroup (wgmma).
+// What goes on beside the threads on sm_90a: mbarriers, the copy engine (cp.async.bulk) and
+// products of a warpgroup (wgmma).
 //
 // Written from the PTX ISA: "Parallel Synchronization and Communication Instructions: mbarrier",
 // "Data Movement and Conversion Instructions: cp.async.bulk", "Asynchronous Warpgroup Level Matrix
@@ -34,8 +34,8 @@ struct Mbarrier {
   int initialiser;  // the thread
   uint32_t time;    // and when
   int arrivals, pending;
-  int64_t bytes = 0;   // expected less arrived
-  uint32_t phase = 0;  // completed so far
+  int64_t bytes = 0;      // expected less arrived
+  uint32_t phase = 0;     // completed so far
   Site copied = nullptr;  // from where bytes were copied that nobody has waited for since
   std::vector<uint32_t> seen, fenced;            // of those who arrived, this phase
   std::vector<uint32_t> last_seen, last_fenced;  // of the last phase
@@ -61,7 +61,7 @@ struct ProductReads {
 
 std::map<size_t, Mbarrier> mbarriers;
 std::vector<BulkCopy> copies;
-std::map<int, Awaited> waiting;                // by thread
+std::map<int, Awaited> waiting;                     // by thread
 std::map<int, std::vector<ProductReads>> products;  // by warp, in flight
 
 Thread& current() { return machine.threads[static_cast<size_t>(machine.thread)]; }
@@ -87,8 +87,8 @@ FAST void bound(uint32_t* to, const uint32_t* from) {
 }
 
 Mbarrier& mbarrier_of(Site site, void* s_barrier) {
-  const auto found = in_shared(s_barrier, 8) ? mbarriers.find(shared_offset(s_barrier))
-                                             : mbarriers.end();
+  const auto found =
+      in_shared(s_barrier, 8) ? mbarriers.find(shared_offset(s_barrier)) : mbarriers.end();
   if (found == mbarriers.end())
     fail(machine.thread, site, "uses an mbarrier that is not initialised");
   Mbarrier& barrier = found->second;
@@ -141,7 +141,8 @@ void arrive(BulkCopy& copy) {
 }  // namespace
 
 uint32_t shared_address(const void* pointer) {
-  if (!in_shared(pointer, 1)) fail(machine.thread, SITE, "takes a shared address of something else");
+  if (!in_shared(pointer, 1))
+    fail(machine.thread, SITE, "takes a shared address of something else");
   return kWindow + static_cast<uint32_t>(shared_offset(pointer));
 }
 
@@ -247,8 +248,8 @@ void copy_bulk(void* s_to, const void* from, int bytes, void* s_barrier) {
   check(machine.thread, SITE, from, size, Access::kRead, 16);
   check_bulk_issued(machine.thread, SITE, s_to, size);
   const unsigned char* data = static_cast<const unsigned char*>(from);
-  copies.push_back({static_cast<unsigned char*>(s_to), {data, data + size}, &barrier,
-                    machine.thread, SITE});
+  copies.push_back(
+      {static_cast<unsigned char*>(s_to), {data, data + size}, &barrier, machine.thread, SITE});
 }
 
 bool copies_arrive(bool one) {
@@ -270,10 +271,10 @@ bool copies_arrive(bool one) {
 }
 
 void check_nothing_flies() {
-  if (!copies.empty())
-    fail(copies[0].thread, copies[0].site, "copies bytes that nobody waits for");
+  if (!copies.empty()) fail(copies[0].thread, copies[0].site, "copies bytes that nobody waits for");
   for (const auto& [at, barrier] : mbarriers)
-    if (barrier.copied) fail(barrier.initialiser, barrier.copied, "copies bytes that nobody waits for");
+    if (barrier.copied)
+      fail(barrier.initialiser, barrier.copied, "copies bytes that nobody waits for");
 }
 
 // ---- products of a warpgroup --------------------------------------------------------------------
@@ -291,10 +292,10 @@ struct Descriptor {
         base_offset(static_cast<unsigned>(bits >> 49 & 7)),
         swizzle(static_cast<unsigned>(bits >> 62)) {}
 
-  // Where 8 elements of 16 bits lie: K = 8 * half and on of `row`, K-major. The atom of 8 rows is 16
-  // bytes wide without swizzle, where `leading` leads from one half of K to the other; 128, 64 and 32
-  // with it, where the halves are neighbours and bits 4 to 6 of the address are exchanged with bits
-  // 7 to 9. `stride` leads to the next 8 rows.
+  // Where 8 elements of 16 bits lie: K = 8 * half and on of `row`, K-major. The atom of 8 rows is
+  // 16 bytes wide without swizzle, where `leading` leads from one half of K to the other; 128, 64
+  // and 32 with it, where the halves are neighbours and bits 4 to 6 of the address are exchanged
+  // with bits 7 to 9. `stride` leads to the next 8 rows.
   uint32_t address(int row, int half) const {
     const uint32_t r = static_cast<uint32_t>(row), h = static_cast<uint32_t>(half);
     if (swizzle == 0) return start + r / 8 * stride + r % 8 * 16 + h * leading;

@@ -151,8 +151,8 @@ void check_reads(int thread, Site site, size_t at) {
              reader);
     }
     if (reads.product && static_cast<size_t>(thread) / kWarp != warp && heard <= reads.product_time)
-      fail(thread, site, "race: writes byte %zu of shared memory, which warp %zu has multiplied", at,
-           warp);
+      fail(thread, site, "race: writes byte %zu of shared memory, which warp %zu has multiplied",
+           at, warp);
   }
 }
 
@@ -371,8 +371,8 @@ void check_product_reads(int warp, int warps, Site site, const void* from, const
   for (size_t i = at; i < at + kGranule; i += 2) {
     const SharedByte& b = shared_shadow[i];
     if (b.in_flight)
-      fail(thread, site, "multiplies byte %zu of shared memory, whose asynchronous copy is in flight",
-           i);
+      fail(thread, site,
+           "multiplies byte %zu of shared memory, whose asynchronous copy is in flight", i);
     if (!b.initialised && kPlainAccessesSeen)
       fail(thread, site, "multiplies byte %zu of shared memory, which is uninitialised", i);
     if (b.writer == kNobody) continue;

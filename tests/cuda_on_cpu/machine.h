@@ -46,7 +46,7 @@ struct Thread {
   void* operands;                         // of this lane
   std::vector<std::vector<Copy>> groups;  // copies in flight by commit group, oldest first
   std::vector<Copy> uncommitted;
-  bool sums_fenced;  // wgmma.fence since registers were last the thread's own
+  bool sums_fenced;    // wgmma.fence since registers were last the thread's own
   int product_groups;  // committed so far
   std::vector<PendingSums> sums;
 };
@@ -95,8 +95,8 @@ bool in_shared(const void* address, size_t bytes);
 // The same of a copy by the copy engine that completes on mbarrier number `barrier`.
 void check_bulk_issued(int thread, Site site, void* to, size_t bytes);
 void check_bulk_arrived(void* to, size_t bytes, int barrier);
-// 16 bytes that a product reads for some warps from `warp` on; `seen` and `fenced` as in `Clocks`, of
-// all threads of the warpgroup.
+// 16 bytes that a product reads for some warps from `warp` on; `seen` and `fenced` as in `Clocks`,
+// of all threads of the warpgroup.
 void check_product_reads(int warp, int warps, Site site, const void* from, const uint32_t* seen,
                          const uint32_t* fenced);
 void product_has_read(int warp, size_t at);
@@ -105,10 +105,10 @@ void start_reads();
 // ---- asynchronous.cpp ---------------------------------------------------------------------------
 
 // Who has seen what of whom, once a block uses mbarriers or the asynchronous proxy: until then
-// barriers of the whole block are enough. Actors are the threads and, after them, the mbarriers, for
-// which the copy engine writes. An actor's access at time t has been seen by thread u if u has heard
-// of something that the actor did later, seen[u][actor] > t; and by the asynchronous proxy on behalf
-// of u if there was a proxy fence on the way, fenced[u][actor] > t.
+// barriers of the whole block are enough. Actors are the threads and, after them, the mbarriers,
+// for which the copy engine writes. An actor's access at time t has been seen by thread u if u has
+// heard of something that the actor did later, seen[u][actor] > t; and by the asynchronous proxy on
+// behalf of u if there was a proxy fence on the way, fenced[u][actor] > t.
 constexpr int kMaxMbarriers = 64;
 struct Clocks {
   bool on = false;

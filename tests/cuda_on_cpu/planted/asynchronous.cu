@@ -1,6 +1,6 @@
 // sm_90a: kernels that copy x to y, 128 floats by one block of a warpgroup, through mbarriers and
-// the copy engine; and products of a warpgroup, y = x w with x [64, 16], w [16, columns]. Each with a
-// mistake and without.
+// the copy engine; and products of a warpgroup, y = x w with x [64, 16], w [16, columns]. Each with
+// a mistake and without.
 #include "../../../csrc/cuda/ptx_sm90a.cuh"
 #include "planted.h"
 
@@ -143,7 +143,8 @@ __global__ void product(ProductArguments a) {
   if (kMistake == kOverwrittenByOthers && t >= 96) s_b[t] = T{};
   if (kMistake == kNeverAwaited) return;
   for (int i = 0; i < kColumns / 2; ++i) {
-    const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+    const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8,
+              column = i / 4 * 8 + t % 4 * 2 + i % 2;
     a.y[row * kColumns + column] = sums[i];
   }
 }
