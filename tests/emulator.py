@@ -29,7 +29,14 @@ from deconv_ext.testing import EDGE, Case, Operands
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 CSRC = Path(__file__).parents[1] / "csrc"
-MACHINE = ("threads.cpp", "checks.cpp", "instructions.cpp", "counters.cpp", "api.cpp")
+MACHINE = (
+    "threads.cpp",
+    "checks.cpp",
+    "instructions.cpp",
+    "asynchronous.cpp",
+    "counters.cpp",
+    "api.cpp",
+)
 KERNELS = (
     *sorted((CSRC / "cuda").glob("*.cu")),
     *sorted((CSRC / "cuda").glob("*.cpp")),

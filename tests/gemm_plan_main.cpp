@@ -1,11 +1,14 @@
 // Prints what the planner of the CUDA matrix kernels decides, one line a problem read from standard
-// input: op product target_layout sms  batch c_in c_out groups  h: in out kernel stride dilation
-// pad w: the same. Lines out: the plan, then for each axis its taps.
+// input, products by number and 4 for wgmma: op product target_layout sms  batch c_in c_out groups
+// h: in out kernel stride dilation pad w: the same. Lines out: the plan, then for each axis its
+// taps.
 #include <cstdio>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 
 #include "../csrc/cuda/gemm_plan.h"
+#include "../csrc/cuda/wgmma_plan.h"
 
 using namespace deconv;
 using namespace deconv::cuda;
@@ -44,9 +47,10 @@ int main() {
     std::cin >> q.batch >> q.c_in >> q.c_out >> q.groups;
     for (Axis* a : {&q.h, &q.w})
       std::cin >> a->in >> a->out >> a->kernel >> a->stride >> a->dilation >> a->pad;
-    p.dtype = product == kMma64   ? Dtype::kFloat64
-              : product == kMma16 ? Dtype::kBFloat16
-                                  : Dtype::kFloat32;
+    const bool wgmma = product > kMma64;
+    p.dtype = product == kMma64            ? Dtype::kFloat64
+              : product == kMma16 || wgmma ? Dtype::kBFloat16
+                                           : Dtype::kFloat32;
     contiguous(&p.x, q.c_in, q.h.in, q.w.in, layout == "channels_last");
     contiguous(&p.y, q.c_out, q.h.out, q.w.out, layout == "channels_last");
     contiguous(&p.w, q.c_out / q.groups, q.h.kernel, q.w.kernel, false);
@@ -54,11 +58,29 @@ int main() {
     const Op which = op == "forward"      ? Op::kForward
                      : op == "grad_input" ? Op::kGradInput
                                           : Op::kGradWeight;
-    if (const char* declined = decline_gemm(which, p)) {
+    const char* declined = wgmma ? decline_wgmma(which, p, 9, 0) : decline_gemm(which, p);
+    if (declined) {
       std::printf("declined %s\nend\n", declined);
       continue;
     }
-    if (which == Op::kGradWeight) {
+    if (wgmma) {
+      WgmmaPlan plan;
+      try {
+        plan = plan_wgmma(which, p, "", device);
+      } catch (const std::invalid_argument& error) {
+        std::printf("declined %s\nend\n", error.what());
+        continue;
+      }
+      std::printf(
+          "plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d stages %d "
+          "preferred %d\n",
+          kWgmmaTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+          static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
+          static_cast<long long>(plan.tiles()), plan.staged.pixels, plan.source_buffers,
+          plan.weight_stages, prefer_wgmma(which, p));
+      print_axis("h", plan.h);
+      print_axis("w", plan.w);
+    } else if (which == Op::kGradWeight) {
       const WeightPlan plan = plan_weight(p, static_cast<Product>(product), "", device);
       std::printf(
           "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d sets %d parts %d\n",

@@ -54,7 +54,7 @@ MISTAKES: dict[str, str] = {
     "divergent_barrier": r"waits at a barrier, but other threads have ended",
     "two_barriers": r"waits at a barrier, but other threads wait at another one",
     "return_before_barrier": r"waits at a barrier, but other threads have ended",
-    "divergent_shuffle": r"waits at a warp collective that other lanes of its warp do not reach",
+    "divergent_shuffle": r"waits at a collective that other lanes of its warp or warpgroup do",
     "partial_mask": r"the mask of a collective is 65535, not full",
     "two_blocks_write_one_address": r"race: writes byte 20 of y, which block \d, thread \d+ has",
     "two_threads_write_one_address": r"race: writes byte \d+ of y, which block \d, thread \d+ has",
@@ -161,6 +161,80 @@ def test_conversions_keep_every_number(machine: Emulator, dtype: torch.dtype) ->
     for x in numbers[::16]:
         got = call(machine, f"conversions_{str(dtype)[6:]}", x, x, (1, 64))
         assert torch.equal(got.view(torch.short), x.view(torch.short))
+
+
+# ---- sm_90a -------------------------------------------------------------------------------------
+
+ASYNCHRONOUS: dict[str, str] = {
+    "bulk_not_waited_for": r"reads byte \d+ of shared memory, (whose|which is uninit)",
+    "bulk_wrong_parity": r"reads byte \d+ of shared memory, (whose|which is uninit)",
+    "bulk_too_many_bytes_expected": r"deadlock: waits for phase 0 of the mbarrier at byte 512 of "
+    r"shared memory, which lacks 0 of 1 arrivals and 16 bytes",
+    "bulk_too_many_arrivals_expected": r"deadlock: .* lacks 1 of 2 arrivals and 0 bytes",
+    "bulk_arrives_twice": r"arrives at an mbarrier where all 1 arrivals of the phase were|"
+    r"deadlock|reads byte",
+    "bulk_no_barrier_after_init": r"uses an mbarrier that (is not|thread 0 has) initialised",
+    "bulk_no_fence_after_init": r"it was initialised without a proxy fence since",
+    "bulk_misaligned": r"misaligned: copies 512 bytes",
+    "bulk_not_awaited": r"copies bytes that nobody waits for",
+    "ring_never_empty": r"deadlock: waits for phase \d|race: writes byte",
+    "ring_empty_too_early": r"race: (writes|reads) byte",
+    "ring_without_warp_barrier": r"race: reads byte \d+ of shared memory, which thread \d+ has",
+    "product_no_proxy_fence": r"without a barrier and a proxy fence in between",
+    "product_no_barrier": r"without a barrier and a proxy fence in between|uninitialised",
+    "product_no_fence": r"multiplies without wgmma.fence since registers were in use",
+    "product_early_read": r"reads sums of a product that it has not waited for",
+    "product_waits_for_too_few": r"reads sums of a product that it has not waited for",
+    "product_never_awaited": r"ends with products in flight",
+    "product_overwritten": r"writes byte \d+ of shared memory, which a product of warp \d reads",
+    "product_overwritten_by_others": r"writes byte \d+ of shared memory, which (a product|warp)",
+    "product_divergent": r"waits at a collective that other lanes of its warp or warpgroup do not",
+    "product_out_of_bounds": r"out of bounds: multiplies row 255 of B at byte 10240",
+    "product_of_copy_early": r"multiplies byte \d+ of shared memory, whose (asynchronous|bulk)",
+    "product_offsets_exchanged": r"out of bounds: multiplies row \d+ of B",
+}
+
+
+def asynchronous(machine: Emulator, kernel: str) -> tuple[Tensor, Tensor]:
+    """What the kernel makes, and what it should."""
+    family, _, which = kernel.partition("_")
+    if family != "product":
+        x = torch.randn(1, 128)
+        y = call(machine, kernel, x, x, (1, 128))
+        return y, x if family == "bulk" else x.view(64, 2).flip(1).view(1, 128)
+    dtype = torch.bfloat16 if which.startswith("bfloat16") else torch.float16
+    columns = {"128": 128, "256": 256, "bounds": 256}.get(which.rpartition("_")[2], 64)
+    a, b = integers(64, 16, dtype=dtype), integers(16, columns, dtype=dtype)
+    # The copy engine brings a matrix that lies as it shall.
+    x = a.view(64, 2, 8).transpose(0, 1).reshape(64, 16) if which.startswith("of_copy") else a
+    y = call(machine, kernel, x, b, (64, 2 * columns)).view(torch.float32)
+    return y.double(), a.double() @ b.double()
+
+
+@pytest.mark.parametrize("mistake", ASYNCHRONOUS)
+def test_finds_among_asynchronous(machine: Emulator, mistake: str) -> None:
+    for seed in SEEDS:
+        machine.seed(seed)
+        with pytest.raises(KernelError, match=ASYNCHRONOUS[mistake]) as caught:
+            asynchronous(machine, mistake)
+        where = re.search(r"asynchronous.cu:(\d+)", str(caught.value))
+        assert where, caught.value
+        line = (PLANTED / "asynchronous.cu").read_text().splitlines()[int(where[1]) - 1]
+        assert line.startswith("  "), line
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    (
+        *("bulk_right", "ring_right", "product_float16_64", "product_float16_128"),
+        *("product_float16_256", "product_bfloat16_64", "product_bfloat16_256", "product_of_copy"),
+    ),
+)
+def test_passes_asynchronous_kernels(machine: Emulator, kernel: str) -> None:
+    for seed in SEEDS:
+        machine.seed(seed)
+        got, want = asynchronous(machine, kernel)
+        assert torch.equal(got, want)
 
 
 # ---- counters -----------------------------------------------------------------------------------

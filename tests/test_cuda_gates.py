@@ -240,6 +240,37 @@ def test_no_division_in_main_loops(arch: str) -> None:
         assert not [i for i in min(inner, key=len) if DIVISION.match(i)], words(k.name)
 
 
+@needs_objects
+@pytest.mark.parametrize("source", ("wgmma_float16", "wgmma_bfloat16"))
+def test_products_of_warpgroups(source: str) -> None:
+    """On sm_90a they follow each other without a wait, and copies are asynchronous; elsewhere the
+    kernels are empty."""
+    kernels = [k for k in compiled() if k.source == source and "wgmma_kernel" in k.name]
+    empty = [k for k in kernels if k.arch != "sm_90a"]
+    full = [k for k in kernels if k.arch == "sm_90a"]
+    assert len(full) == len(empty) >= 5
+    assert max(len(k.instructions) for k in empty) < 64
+    for k in full:
+        # What the roles get (setmaxnreg) adds up to this; more would be waited for in vain.
+        assert k.registers == 168, words(k.name)
+        kind = r"HGMMA\.64x\d+x16\.F32" + (r"\.BF16" if "bfloat16" in source else r"(?!\.BF16)")
+        at = [i for i, word in enumerate(k.instructions) if re.match(kind, word)]
+        assert len(at) >= 8, words(k.name)
+        between = k.instructions[at[0] : at[-1]]
+        division = [i for i in between if re.match(r"(I2F|F2I|MUFU|CALL|LDL|STL|HMMA)\b", i)]
+        assert not division, words(k.name)
+        # One of a step and one of a tile: the compiler has put none between products.
+        assert sum(i.startswith("WARPGROUP.DEPBAR") for i in k.instructions) == 2, words(k.name)
+        for pattern in (
+            r"UBLKCP",  # cp.async.bulk
+            r"LDGSTS\S*\.128",
+            r"SYNCS\.PHASECHK",  # mbarrier.try_wait
+            r"FENCE\.VIEW\.ASYNC",  # fence.proxy.async
+            r"USETMAXREG",
+        ):
+            assert holding([k], pattern), (words(k.name), pattern)
+
+
 def launches(arch: str) -> dict[str, set[tuple[int, int]]]:
     """{kernel: its (threads, dynamic shared memory)} in the layers, by every configuration."""
     from deconv_ext.testing import load_layers

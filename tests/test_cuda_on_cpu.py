@@ -7,6 +7,7 @@ blocks, warps and lanes of its own; see cuda_on_cpu/emulation.h.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -33,7 +34,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MACHINE = Emulator(build())
 CASES = tuple(case for case in (*EDGE, *TINY, *map(random_case, range(60))) if case.macs <= 200_000)
 LAYOUTS = ("contiguous", "channels_last", "contiguous", "channels_last", "sliced", "transposed")
-FORCED = [(op, algo) for op in OPERATIONS for algo in MACHINE.algorithms(op)]
+# Of wgmma there is test_cuda_wgmma.
+FORCED = [
+    (op, algo)
+    for op in OPERATIONS
+    for algo in MACHINE.algorithms(op)
+    if not algo.startswith("wgmma")
+]
 DECLINES = "cannot take this problem"
 FORMATS = ("float32", "tf32", "float64", "float16", "bfloat16", "int64")
 

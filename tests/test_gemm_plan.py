@@ -42,7 +42,8 @@ class Query:
             case.padding[::2],
         )
         numbers = [
-            *(PRODUCTS.index(self.product), self.layout, self.multiprocessors),
+            (*PRODUCTS, "wgmma").index(self.product),
+            *(self.layout, self.multiprocessors),
             *(case.batch, case.c_in, case.c_out, case.groups),
             *(number for axis in axes for number in axis),
         ]
@@ -60,7 +61,8 @@ class Answer:
 @pytest.fixture(scope="session")
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("planner") / "planner"
-    sources = [HERE / "gemm_plan_main.cpp", HERE.parent / "csrc/cuda/gemm_plan.cpp"]
+    cuda = HERE.parent / "csrc/cuda"
+    sources = [HERE / "gemm_plan_main.cpp", cuda / "gemm_plan.cpp", cuda / "wgmma_plan.cpp"]
     command = toolchain.cxx_compiler()[0].split()
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     subprocess.run([*command, *flags, *map(str, sources), "-o", str(program)], check=True)
@@ -195,6 +197,40 @@ def test_order_of_summation_is_that_of_one_image(planner: Path, layout: str, pro
         assert all(order == orders[0] for order in orders), problem
         tiles.add(len({answer.tile for answer in same}))
     assert (max(tiles) > 1) == (product != "mma64")  # though the tile does depend on them
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATIONS[:2])
+def test_wgmma_has_a_tile_for_every_layer(planner: Path, op: str, layout: str) -> None:
+    """... with two buffers of each kind at least, and whether it is taken, its tile and its order
+    of summation depend neither on the batch nor on the GPU."""
+    layers = [case for case in load_layers("gpu") if plannable(case)]
+    settings = [(batch, sms) for batch in (1, 64) for sms in (2, 132)]
+    queries = [
+        Query(op, dataclasses.replace(case, batch=batch), layout, "wgmma", sms)
+        for case in layers
+        for batch, sms in settings
+    ]
+    answers = ask(planner, queries)
+    for index, case in enumerate(layers):
+        same = answers[index * len(settings) :][: len(settings)]
+        for answer, (_, sms) in zip(same, settings):
+            assert not answer.declined, case
+            assert min(answer.facts["stages"], answer.facts["buffers"]) >= 2, (case, answer)
+            assert answer.facts["shared"] <= SHARED_BYTES, (case, answer)
+            assert answer.facts["blocks"] == min(sms, answer.facts["tiles"]), (case, answer)
+        first = same[0]
+        for answer in same:
+            assert (answer.tile, answer.taps) == (first.tile, first.taps), case
+            for fact in ("preferred", "chunk"):
+                assert answer.facts[fact] == first.facts[fact], case
+        target = case.c_out if op == "forward" else case.c_in
+        size = case.output_size if op == "forward" else case.input_size
+        if target > 1 and max(size) > 1:
+            assert first.tile.endswith("_last") == (layout == "channels_last"), (case, first)
+    preferred = (answer.facts["preferred"] for answer in answers[:: len(settings)])
+    taken = {case.name for case, taken in zip(layers, preferred) if taken}
+    assert {"unet_1024_512", "cyclegan_256_128"} <= taken and "dla_dw_64" not in taken
 
 
 def test_what_is_declined_is_said(planner: Path) -> None:

@@ -6,6 +6,8 @@
 // registers, so that a row of an NCHW target is written without gaps; where the channels of the
 // target are contiguous (rows_across) a thread owns a run of rows instead.
 //
+// A thread block of `wgmma` computes the same by warpgroups.
+//
 // A thread block of `weight` computes c_in x c_out x (tap_warps * warp_taps) elements of dw from
 // tiles of kWeightPixels pixels: warps split the taps, so that x and dy are staged once for all.
 #pragma once
@@ -21,6 +23,10 @@ constexpr int kSharedBytes =
     227 * 1024;  // of a block on sm_90; 163 KiB on sm_80, asked at run time
 constexpr int kGatherStages = 3;
 constexpr int kWeightStages = 2;
+constexpr int kWgmmaConsumers = 2;   // warpgroups that multiply, beside one that copies
+constexpr int kWgmmaGroupWidth = 8;  // pixels of a row of a tile: a core matrix of wgmma has 8
+constexpr int kMaxWgmmaStages = 4;
+constexpr int kWgmmaRun = 8;  // rows_across: rows of a thread next to each other, one vector
 constexpr int kWeightPixels = 64;
 // Vectors of weights that a step stages for one row: taps of a row of the kernel times vectors of
 // channels. 8 taps x 2 vectors (16 channels of 16 bits, one mma.sync) up to 2 taps x 8 vectors.
@@ -55,6 +61,36 @@ constexpr GatherTile kGatherTiles[] = {
 };
 constexpr int kGatherTileCount = sizeof(kGatherTiles) / sizeof(GatherTile);
 
+// The tiles of the wgmma kernels (sm_90a, 16 bits): two warpgroups, each 64 rows (rows_across: 64
+// pixels) by `columns` pixels (rows) by phases, as one product of a warpgroup is 64 x columns x 16.
+struct WgmmaTile {
+  const char* name;
+  int rows, pixels, columns, phases;
+  bool rows_across;
+
+  // Of a block's tile, along its rows and its pixels.
+  constexpr int warpgroup_rows() const { return rows_across ? columns : 64; }
+  constexpr int warpgroup_pixels() const { return rows_across ? 64 : columns; }
+  constexpr int accumulators() const { return columns / 2 * phases; }
+  constexpr bool legal() const {
+    return rows / warpgroup_rows() * (pixels / warpgroup_pixels()) == kWgmmaConsumers &&
+           rows % warpgroup_rows() == 0 && pixels % warpgroup_pixels() == 0 &&
+           accumulators() <= kMaxAccumulators && (!rows_across || phases == 1) && phases <= 4 &&
+           (columns == 64 || columns == 128 || columns == 256) &&
+           2 * kStepVectors * rows * kVectorBytes <= kSharedBytes * 2 / 3;
+  }
+};
+
+constexpr WgmmaTile kWgmmaTiles[] = {
+    {"128x128x2", 128, 128, 128, 2, false},    // 0: stride 2
+    {"64x256x2", 64, 256, 128, 2, false},      // 1: the same, up to 64 rows
+    {"64x128x4", 64, 128, 64, 4, false},       // 2: strides of 3 and more
+    {"128x256", 128, 256, 256, 1, false},      // 3: grad_input, stride 1
+    {"256x128_last", 256, 128, 256, 1, true},  // 4: channels_last
+    {"128x128_last", 128, 128, 128, 1, true},  // 5: the same, up to 128 rows
+};
+constexpr int kWgmmaTileCount = sizeof(kWgmmaTiles) / sizeof(WgmmaTile);
+
 struct WeightTile {
   const char* name;
   int c_in, c_out, warp_c_in, warp_c_out, tap_warps, warp_taps;
@@ -81,6 +117,8 @@ constexpr int kWeightTileCount = sizeof(kWeightTiles) / sizeof(WeightTile);
 
 constexpr bool all_legal() {
   for (const GatherTile& tile : kGatherTiles)
+    if (!tile.legal()) return false;
+  for (const WgmmaTile& tile : kWgmmaTiles)
     if (!tile.legal()) return false;
   for (const WeightTile& tile : kWeightTiles)
     if (!tile.legal()) return false;

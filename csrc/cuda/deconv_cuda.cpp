@@ -9,6 +9,7 @@
 #include "gemm.h"
 #include "generic.h"
 #include "reduce.h"
+#include "wgmma.h"
 
 namespace deconv {
 namespace cuda {
@@ -54,6 +55,7 @@ std::string run_generic(Op op, const Params& p, const std::string&, const Contex
 // first that accepts it.
 const Algorithm kAlgorithms[] = {
     {"direct", direct_declines, prefer_direct, run_direct, direct_configs},
+    {"wgmma", wgmma_declines, prefer_wgmma, run_wgmma, wgmma_configs},
     {"gemm", gemm_declines, always, run_gemm, gemm_configs},
     {"generic", generic_declines, never, run_generic, generic_configs},
 };

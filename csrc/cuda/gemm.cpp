@@ -80,9 +80,10 @@ std::string run_gemm(Op op, const Params& params, const std::string& config,
   }
   GatherPlan plan = plan_gather(op, params, product, config, device);
   plan.packed = context.workspace(static_cast<size_t>(plan.packed_vectors()) * kVectorBytes);
-  kernels.pack(plan, context.stream);
+  const GatherTile& tile = kGatherTiles[plan.tile];
+  kernels.pack(plan, tile.rows_across ? tile.warp_rows / 4 : 0, context.stream);
   kernels.gather(plan, context.stream);
-  return kGatherTiles[plan.tile].name + how;
+  return tile.name + how;
 }
 
 }  // namespace cuda

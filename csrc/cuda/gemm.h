@@ -19,7 +19,8 @@ std::string run_gemm(Op op, const Params& params, const std::string& config,
 // The kernels of one type, a source file each.
 struct GemmKernels {
   void (*gather)(const GatherPlan&, void* stream);
-  void (*pack)(const GatherPlan&, void* stream);
+  // rows_of_run: rows that a thread owns next to each other, where it does (gemm_pack.cuh), or 0.
+  void (*pack)(const GatherPlan&, int rows_of_run, void* stream);
   void (*weight)(const WeightPlan&, void* stream);
 };
 extern const GemmKernels kGemmFloat16, kGemmBFloat16, kGemmTf32, kGemmFloat32, kGemmFloat64;

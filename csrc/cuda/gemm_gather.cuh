@@ -31,8 +31,7 @@ struct GatherPlace {
   int group, set_h, set_w, row0, n0, h0, w0;  // n0, h0, w0: image and positions of its first pixel
 };
 
-__device__ inline GatherPlace gather_place(const GatherPlan& p, int tile_rows) {
-  unsigned index = blockIdx.x;
+__device__ inline GatherPlace gather_place(const GatherPlan& p, int tile_rows, unsigned index) {
   const auto next = [&](int count) {
     const int digit = static_cast<int>(index % count);
     index /= count;
@@ -49,6 +48,11 @@ __device__ inline GatherPlace gather_place(const GatherPlan& p, int tile_rows) {
   at.group = static_cast<int>(index);
   return at;
 }
+
+// Image and position of a pixel of a tile, relative to its first.
+struct Pixel {
+  int n, h, w;
+};
 
 template <class T, Product kProduct, int kTile>
 struct Gather {
@@ -132,10 +136,6 @@ struct Gather {
     }
   }
 
-  // Image and position of a pixel of the tile.
-  struct Pixel {
-    int n, h, w;
-  };
   __device__ static Pixel pixel_of(const PixelTiling& t, int pixel) {
     return {pixel >> (t.log_w + t.log_h), pixel >> t.log_w & ((1 << t.log_h) - 1),
             pixel & ((1 << t.log_w) - 1)};
@@ -156,7 +156,7 @@ __device__ void Gather<T, kProduct, kTile>::run(const GatherPlan& p) {
       s_weights + kGatherStages * p.step_vectors * kShape.rows * kVectorBytes;
   const int weight_bytes = p.step_vectors * kShape.rows * kVectorBytes;
   const int source_bytes = p.staged.pitch * kVectorBytes << p.log_chunk;
-  const GatherPlace at = gather_place(p, kShape.rows);
+  const GatherPlace at = gather_place(p, kShape.rows, blockIdx.x);
   const int row_pitch = p.staged.planes_w * p.staged.extent_w;  // pixels of a staged row
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

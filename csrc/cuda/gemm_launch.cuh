@@ -14,8 +14,7 @@ namespace cuda {
 constexpr int64_t kMaxBlocks = 1 << 16;  // of kernels that stride over their elements
 
 template <class T>
-void launch_pack(const GatherPlan& g, void* stream) {
-  const GatherTile& tile = kGatherTiles[g.tile];
+void launch_pack(const GatherPlan& g, int rows_of_run, void* stream) {
   PackPlan p{g.params.w.data,
              g.packed,
              g.w_group,
@@ -30,7 +29,7 @@ void launch_pack(const GatherPlan& g, void* stream) {
              g.vectors,
              g.h.taps,
              g.w.taps,
-             tile.rows_across ? tile.warp_rows / 4 : 0,
+             rows_of_run,
              {},
              {}};
   std::copy_n(g.h.k, kMaxTaps, p.k_h);

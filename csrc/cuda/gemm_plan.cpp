@@ -18,12 +18,6 @@ int log2_up(int64_t value) {
   return log;
 }
 
-// The distance of a pixel's vectors of channels, 2, 4 or 8 of them, such that copies of 32
-// neighbouring vectors, channels fastest, fill all banks evenly.
-int32_t copy_pitch(int64_t pixels, int vectors) {
-  return static_cast<int32_t>(round_up(pixels, 16 / vectors) + 8 / vectors);
-}
-
 struct SetTap {
   int64_t offset, k;
   int phase;  // within its set
@@ -108,9 +102,14 @@ int choose_chunk(const AxisTable& h, const AxisTable& w, int64_t channel_vectors
 // mma.sync, from the figures of an H100: (64 bytes / 2) and 1290.
 constexpr double kStagingCost = 40;
 
-GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_index) {
-  const GatherTile& tile = kGatherTiles[tile_index];
-  const ArithmeticInfo& info = kProducts[product];
+}  // namespace
+
+int32_t copy_pitch(int64_t pixels, int vectors) {
+  return static_cast<int32_t>(round_up(pixels, 16 / vectors) + 8 / vectors);
+}
+
+GatherPlan describe_gather(Op op, const Params& params, int64_t element_bytes, int tile_rows,
+                           int phases) {
   const Problem& q = params.problem;
   const bool forward = op == Op::kForward;
   const int64_t group_in = q.c_in / q.groups, group_out = q.c_out / q.groups;
@@ -118,9 +117,8 @@ GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_in
   GatherPlan p{};
   p.params = params;
   p.op = op;
-  p.tile = tile_index;
-  p.source = make_operand(forward ? params.x : params.y, q, forward, info.element_bytes);
-  p.target = make_operand(forward ? params.y : params.x, q, !forward, info.element_bytes);
+  p.source = make_operand(forward ? params.x : params.y, q, forward, element_bytes);
+  p.target = make_operand(forward ? params.y : params.x, q, !forward, element_bytes);
   p.bias = forward ? params.bias : nullptr;
   p.bias_stride = params.bias_stride;
   const int64_t* w = params.w.stride;
@@ -130,27 +128,36 @@ GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_in
   p.w_h = w[2];
   p.w_w = w[3];
   p.h = make_axis_table(forward ? forward_taps(q.h, false) : grad_input_taps(q.h), 1, kMaxTaps);
-  p.w = make_axis_table(forward ? forward_taps(q.w, false) : grad_input_taps(q.w), tile.phases,
+  p.w = make_axis_table(forward ? forward_taps(q.w, false) : grad_input_taps(q.w), phases,
                         kMaxStepTaps);
   p.groups = static_cast<int32_t>(q.groups);
   p.rows = static_cast<int32_t>(forward ? group_out : group_in);
-  p.row_tiles = static_cast<int32_t>(ceil_div(p.rows, tile.rows));
-  p.rows_padded = p.row_tiles * tile.rows;
+  p.row_tiles = static_cast<int32_t>(ceil_div(p.rows, tile_rows));
+  p.rows_padded = p.row_tiles * tile_rows;
 
-  const int64_t vector = kVectorBytes / info.element_bytes,
+  const int64_t vector = kVectorBytes / element_bytes,
                 channel_vectors = ceil_div(p.source.channels, vector);
   p.log_chunk = choose_chunk(p.h, p.w, channel_vectors);
   p.chunks = static_cast<int32_t>(ceil_div(channel_vectors, int64_t{1} << p.log_chunk));
   p.vectors = p.chunks << p.log_chunk;
   p.step_vectors = most_group_taps(p.w) << p.log_chunk;
+  return p;
+}
 
-  cut_pixels(p.h, p.w, q.batch, log2_up(tile.pixels), &p.tiling, &p.staged);
+namespace {
+
+GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_index) {
+  const GatherTile& tile = kGatherTiles[tile_index];
+  GatherPlan p =
+      describe_gather(op, params, kProducts[product].element_bytes, tile.rows, tile.phases);
+  p.tile = tile_index;
+  cut_pixels(p.h, p.w, params.problem.batch, log2_up(tile.pixels), &p.tiling, &p.staged);
   const int chunk = 1 << p.log_chunk;
   p.staged.pitch = copy_pitch(p.staged.pixels, chunk);
   // Steps t to t + kGatherStages - 1 are in flight, fewest_group_taps of them share a chunk.
   p.source_buffers = std::max(
       1, std::min((kGatherStages - 2) / std::max(1, fewest_group_taps(p.h)) + 2, p.chunks));
-  p.blocks = p.tiling.tiles() * p.row_tiles * p.h.sets * p.w.sets * q.groups;
+  p.blocks = p.tiles();
   p.shared_bytes =
       round_up(p.staged.pixels * 8, kVectorBytes) +
       static_cast<int64_t>(kVectorBytes) *

@@ -92,6 +92,7 @@ struct GatherPlan {
   int64_t packed_vectors() const {
     return static_cast<int64_t>(groups) * h.taps * w.taps * vectors * rows_padded;
   }
+  int64_t tiles() const { return tiling.tiles() * row_tiles * h.sets * w.sets * groups; }
 };
 
 struct WeightPlan {
@@ -119,6 +120,14 @@ struct Device {
 
 // The condition that fails, or null.
 const char* decline_gemm(Op op, const Params& params);
+
+// What does not depend on the pixels of a tile: operands, tables, rows and chunks of channels.
+GatherPlan describe_gather(Op op, const Params& params, int64_t element_bytes, int tile_rows,
+                           int phases);
+
+// The distance of a pixel's vectors of channels, 2, 4 or 8 of them, such that copies of 32
+// neighbouring vectors, channels fastest, fill all banks evenly.
+int32_t copy_pitch(int64_t pixels, int vectors);
 
 // The plan with the tile `name`, or with the best one if it is empty. Throws std::invalid_argument
 // if there is no such tile, or it cannot take the problem.

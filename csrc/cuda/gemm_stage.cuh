@@ -62,19 +62,21 @@ __device__ void list_pixels(PixelAt* list, const PixelTiling& tiling) {
 constexpr int kBatch =
     3;  // vectors of a thread that are read before the first is written; 4 would spill
 
-// Vectors [c0, c0 + (1 << log_vectors) * v) of channels of `pixels` pixels, the first pixel of the
+// Vectors [c0, c0 + (1 << log_vectors) * v) of channels of `pixels` pixels, by kThreads threads of
+// which this is number `thread`; place(i) says where pixel i lies, relative to the first of the
 // tile at (n0, h0, w0). Asynchronous copies are left for the caller to commit.
-template <class T, int kThreads>
-__device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, int pixels,
-                             int log_vectors, const Operand& o, int group, int n0, int h0, int w0,
-                             int c0) {
+template <class T, int kThreads, class Place>
+__device__ __forceinline__ void stage_pixels(unsigned char* to, int pitch, const Place& place,
+                                             int pixels, int log_vectors, const Operand& o,
+                                             int group, int n0, int h0, int w0, int c0,
+                                             int thread) {
   constexpr int kV = kVectorBytes / sizeof(T);
   const T* base = static_cast<const T*>(o.data) + n0 * o.stride[0] +
                   (static_cast<int64_t>(group) * o.channels + c0) * o.stride[1];
   const int stride_n = static_cast<int>(o.stride[0]), stride_h = static_cast<int>(o.stride[2]),
             stride_w = static_cast<int>(o.stride[3]);
   const int64_t stride_c = o.stride[1];
-  const int lane = threadIdx.x % 32;
+  const int lane = thread % 32;
   const int total = (o.channel_fastest ? pixels : (pixels + 31) & ~31) << log_vectors;
 
   struct Piece {
@@ -86,7 +88,7 @@ __device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, 
     const int vector = (o.channel_fastest ? i : i >> 5) & ((1 << log_vectors) - 1);
     const int pixel = o.channel_fastest ? i >> log_vectors : (i >> 5 >> log_vectors << 5) + lane;
     if (i >= total || pixel >= pixels) return Piece{static_cast<const T*>(o.data), to, -1};
-    const PixelAt at = load(list + pixel);
+    const PixelAt at = place(pixel);
     const int h = h0 + at.h, w = w0 + at.w, left = o.channels - c0 - vector * kV;
     const bool inside = at.exists && n0 + at.n < o.batch &&
                         static_cast<unsigned>(h) < static_cast<unsigned>(o.h) &&
@@ -99,13 +101,13 @@ __device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, 
   };
 
   if (o.vectors) {
-    for (int i = threadIdx.x; i < total; i += kThreads) {
+    for (int i = thread; i < total; i += kThreads) {
       const Piece p = piece(i);
       if (p.count >= 0)
         copy_async<kVectorBytes>(p.to, p.from, p.count * static_cast<int>(sizeof(T)));
     }
   } else if constexpr (sizeof(T) >= 4) {
-    for (int i = threadIdx.x; i < total; i += kThreads) {
+    for (int i = thread; i < total; i += kThreads) {
       const Piece p = piece(i);
       if (p.count < 0) continue;
 #pragma unroll
@@ -114,7 +116,7 @@ __device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, 
                               e < p.count ? static_cast<int>(sizeof(T)) : 0);
     }
   } else {
-    for (int i = threadIdx.x; i < total; i += kBatch * kThreads) {
+    for (int i = thread; i < total; i += kBatch * kThreads) {
       Piece p[kBatch];
       uint16_t bits[kBatch][kV];
 #pragma unroll
@@ -134,6 +136,16 @@ __device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, 
       }
     }
   }
+}
+
+// The same, by all threads of a block and a list of list_pixels.
+template <class T, int kThreads>
+__device__ void stage_pixels(unsigned char* to, int pitch, const PixelAt* list, int pixels,
+                             int log_vectors, const Operand& o, int group, int n0, int h0, int w0,
+                             int c0) {
+  stage_pixels<T, kThreads>(
+      to, pitch, [list](int i) { return load(list + i); }, pixels, log_vectors, o, group, n0, h0,
+      w0, c0, static_cast<int>(threadIdx.x));
 }
 
 }  // namespace cuda

@@ -54,5 +54,19 @@ void launch(void (*kernel)(Argument), dim3 grid, dim3 block, size_t shared_bytes
 #endif
 }
 
+// Whether the kernel, as it was compiled for this device, takes blocks of so many threads.
+template <class Argument>
+bool accepts(void (*kernel)(Argument), int threads) {
+#if defined(DECONV_CUDA_ON_CPU)
+  (void)kernel;
+  return threads <= 1024;
+#else
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+        "cudaFuncGetAttributes");
+  return threads <= attributes.maxThreadsPerBlock;
+#endif
+}
+
 }  // namespace cuda
 }  // namespace deconv

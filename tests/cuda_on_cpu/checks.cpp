@@ -44,11 +44,27 @@ struct Tensor {
 struct SharedByte {
   int16_t writer = kNobody, reader = kNobody, reader_warp = kNobody;
   bool initialised = false, in_flight = false;
+  bool by_engine = false;   // written by the copy engine, else by the generic proxy
+  uint32_t write_time = 0;  // of `Clocks`
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
 };
 
 std::vector<std::unique_ptr<Tensor>> tensors;
 std::vector<SharedByte> shared_shadow;
+
+// Of 16 bytes of shared memory and a warp, in a block that uses `Clocks`: its reads since.
+struct Reads {
+  uint32_t lanes = 0, time = 0;  // of plain reads, the last of them
+  uint32_t products = 0;         // that read it and are in flight
+  uint32_t product_time = 0;     // when the last one was waited for
+  bool product = false;
+};
+constexpr size_t kGranule = 16;
+std::vector<Reads> shared_reads;  // [granule][warp]
+
+Reads& reads_of(size_t at, size_t warp) {
+  return shared_reads[at / kGranule * ((machine.threads.size() + kWarp - 1) / kWarp) + warp];
+}
 std::unique_ptr<unsigned char[]> shared_storage;
 size_t shared_storage_bytes = ~size_t{0};
 
@@ -119,7 +135,48 @@ bool ordered_after(int thread, int other_warp, uint32_t epoch, uint32_t warp_epo
   return other_warp == warp && warp_epoch < machine.warp_epoch[static_cast<size_t>(warp)];
 }
 
+// That nobody may still read what is written, of threads that mbarriers order.
+void check_reads(int thread, Site site, size_t at) {
+  const uint32_t* seen = clocks.seen_by(thread);
+  const size_t warps = (machine.threads.size() + kWarp - 1) / kWarp;
+  for (size_t warp = 0; warp < warps; ++warp) {
+    const Reads& reads = reads_of(at, warp);
+    if (!reads.lanes && !reads.products && !reads.product) continue;
+    if (reads.products)
+      fail(thread, site, "writes byte %zu of shared memory, which a product of warp %zu reads", at,
+           warp);
+    uint32_t heard = 0;
+    for (size_t lane = 0; lane < kWarp && warp * kWarp + lane < machine.threads.size(); ++lane) {
+      const size_t reader = warp * kWarp + lane;
+      heard = std::max(heard, seen[reader]);
+      if ((reads.lanes >> lane & 1) && reader != static_cast<size_t>(thread) &&
+          seen[reader] <= reads.time)
+        fail(thread, site, "race: writes byte %zu of shared memory, which thread %zu has read", at,
+             reader);
+    }
+    if (reads.product && static_cast<size_t>(thread) / kWarp != warp && heard <= reads.product_time)
+      fail(thread, site, "race: writes byte %zu of shared memory, which warp %zu has multiplied",
+           at, warp);
+  }
+}
+
+void check_reads(int thread, Site site, size_t at, size_t bytes) {
+  if (!clocks.on) return;
+  for (size_t i = at / kGranule * kGranule; i < at + bytes; i += kGranule)
+    check_reads(thread, site, i);
+}
+
+void note_reads(int thread, size_t at, size_t bytes) {
+  if (!clocks.on) return;
+  for (size_t i = at / kGranule * kGranule; i < at + bytes; i += kGranule) {
+    Reads& reads = reads_of(i, static_cast<size_t>(thread / kWarp));
+    reads.lanes |= 1u << thread % kWarp;
+    reads.time = clocks.time;
+  }
+}
+
 void check_not_read(int thread, Site site, const SharedByte& b, size_t at) {
+  if (clocks.on) return;  // check_reads has
   if (b.reader == kNobody || b.reader == thread ||
       ordered_after(thread, b.reader_warp, b.read_epoch, b.read_warp_epoch))
     return;
@@ -132,13 +189,20 @@ void check_not_read(int thread, Site site, const SharedByte& b, size_t at) {
 
 void check_not_written(int thread, Site site, const SharedByte& b, size_t at, Access access) {
   if (b.writer == kNobody || b.writer == thread ||
-      ordered_after(thread, b.writer / kWarp, b.write_epoch, b.write_warp_epoch))
+      ordered_after(thread, b.writer / kWarp, b.write_epoch, b.write_warp_epoch) ||
+      (clocks.on && clocks.seen_by(thread)[b.writer] > b.write_time))
     return;
+  if (b.by_engine)
+    fail(thread, site,
+         "race: %s byte %zu of shared memory, whose bulk copy this thread has not waited for",
+         verb(access), at);
   fail(thread, site, "race: %s byte %zu of shared memory, which thread %d has written",
        verb(access), at, b.writer);
 }
 
 void check_shared(int thread, Site site, size_t at, size_t bytes, Access access) {
+  if (access == Access::kWrite) check_reads(thread, site, at, bytes);
+  if (access == Access::kRead) note_reads(thread, at, bytes);
   const int16_t warp = static_cast<int16_t>(thread / kWarp), me = static_cast<int16_t>(thread);
   const uint32_t warp_epoch = machine.warp_epoch[static_cast<size_t>(warp)];
   for (size_t i = at / kPair * kPair; i < at + bytes; i += kPair) {
@@ -150,6 +214,8 @@ void check_shared(int thread, Site site, size_t at, size_t bytes, Access access)
     if (access == Access::kWrite) {
       check_not_read(thread, site, b, i);
       b.writer = me;
+      b.by_engine = false;
+      b.write_time = clocks.time;
       b.write_epoch = machine.epoch;
       b.write_warp_epoch = warp_epoch;
       b.initialised = true;
@@ -171,11 +237,15 @@ bool in_shared(const void* address) {
   return p >= machine.shared && p < machine.shared + machine.shared_bytes;
 }
 
+}  // namespace
+
 size_t shared_offset(const void* address) {
   return static_cast<size_t>(static_cast<const unsigned char*>(address) - machine.shared);
 }
 
-}  // namespace
+bool in_shared(const void* address, size_t bytes) {
+  return in_shared(address) && shared_offset(address) + bytes <= machine.shared_bytes;
+}
 
 void add_tensor(void* data, size_t bytes, Kind kind, const char* name) {
   auto tensor = std::make_unique<Tensor>(Tensor{static_cast<char*>(data), bytes, kind, name, {}});
@@ -216,6 +286,7 @@ void reset_shared() {
   }
   std::memset(machine.shared, 0xff, machine.shared_bytes);
   shared_shadow.assign(machine.shared_bytes, SharedByte{});
+  shared_reads.clear();
 }
 
 void check(int thread, Site site, const void* address, size_t bytes, Access access,
@@ -245,6 +316,7 @@ void check(int thread, Site site, const void* address, size_t bytes, Access acce
 void check_copy_issued(int thread, Site site, void* to, size_t bytes) {
   if (!in_shared(to) || shared_offset(to) + bytes > machine.shared_bytes)
     fail(thread, site, "out of bounds: copies %zu bytes %s", bytes, nearest(to).c_str());
+  check_reads(thread, site, shared_offset(to), bytes);
   for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; ++i) {
     SharedByte& b = shared_shadow[i];
     if (b.in_flight)
@@ -264,6 +336,73 @@ void check_copy_arrived(int thread, Site site, void* to, size_t bytes) {
   check_shared(thread, site, at, bytes, Access::kWrite);
 }
 
+// ---- the asynchronous proxy ---------------------------------------------------------------------
+
+// Copies and products take multiples of 16 bytes; threads write elements of two and more, so every
+// other byte is looked at.
+
+void start_reads() {
+  const size_t warps = (machine.threads.size() + kWarp - 1) / kWarp;
+  shared_reads.assign((machine.shared_bytes + kGranule - 1) / kGranule * warps, Reads{});
+}
+
+void check_bulk_issued(int thread, Site site, void* to, size_t bytes) {
+  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; i += 2) {
+    const SharedByte& b = shared_shadow[i];
+    if (b.writer != kNobody && !b.by_engine && clocks.fenced_by(thread)[b.writer] <= b.write_time)
+      fail(thread, site, "copies to byte %zu of shared memory, written without a proxy fence since",
+           i);
+  }
+  check_copy_issued(thread, site, to, bytes);
+}
+
+void check_bulk_arrived(void* to, size_t bytes, int barrier) {
+  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; ++i) {
+    SharedByte& b = shared_shadow[i];
+    b.in_flight = false;
+    b.initialised = true;
+    b.by_engine = true;
+    b.writer = static_cast<int16_t>(machine.threads.size() + static_cast<size_t>(barrier));
+    b.reader = kNobody;
+    b.write_time = clocks.time;
+    b.write_epoch = machine.epoch;
+  }
+}
+
+void check_product_reads(int warp, int warps, Site site, const void* from, const uint32_t* seen,
+                         const uint32_t* fenced) {
+  const size_t at = shared_offset(from);
+  const int thread = warp * kWarp;
+  for (size_t i = at; i < at + kGranule; i += 2) {
+    const SharedByte& b = shared_shadow[i];
+    if (b.in_flight)
+      fail(thread, site,
+           "multiplies byte %zu of shared memory, whose asynchronous copy is in flight", i);
+    if (!b.initialised && kPlainAccessesSeen)
+      fail(thread, site, "multiplies byte %zu of shared memory, which is uninitialised", i);
+    if (b.writer == kNobody) continue;
+    if (seen[b.writer] <= b.write_time && b.by_engine)
+      fail(thread, site,
+           "race: multiplies byte %zu of shared memory, whose bulk copy this warpgroup has not "
+           "waited for",
+           i);
+    // A thread always sees what it wrote itself, so a fence of its own is all that is missing then.
+    if (!b.by_engine && fenced[b.writer] <= b.write_time)
+      fail(thread, site,
+           "multiplies byte %zu of shared memory, which thread %d has written, without a barrier "
+           "and a proxy fence in between",
+           i, b.writer);
+  }
+  for (int i = warp; i < warp + warps; ++i) ++reads_of(at, static_cast<size_t>(i)).products;
+}
+
+void product_has_read(int warp, size_t at) {
+  Reads& reads = reads_of(at, static_cast<size_t>(warp));
+  --reads.products;
+  reads.product = true;
+  reads.product_time = clocks.time;
+}
+
 }  // namespace emulation
 
 // ---- what the compiler calls before every access (-fsanitize=thread) ----------------------------
@@ -277,7 +416,14 @@ inline void plain(const void* address, size_t bytes, Access access, size_t align
                   emulation::Site site) {
   if (!machine.on_thread) return;
   const char* p = static_cast<const char*>(address);
-  if (p >= machine.stack && p < machine.stack + emulation::kStackBytes) return;
+  if (p >= machine.stack && p < machine.stack + emulation::kStackBytes) {
+    for (const auto& sums : machine.threads[static_cast<size_t>(machine.thread)].sums)
+      if (p >= reinterpret_cast<const char*>(sums.registers) &&
+          p < reinterpret_cast<const char*>(sums.registers + sums.values.size()))
+        emulation::fail(machine.thread, site, "%s sums of a product that it has not waited for",
+                        access == Access::kRead ? "reads" : "writes");
+    return;
+  }
   if (bytes) emulation::check(machine.thread, site, address, bytes, access, aligned);
 }
 

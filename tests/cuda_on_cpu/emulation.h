@@ -8,6 +8,10 @@
 // been written. Two threads that touch one address, one of them writing, need a barrier in between;
 // in global memory no other block may do so at all within a launch.
 //
+// Of Hopper's instructions (asynchronous.cpp) the order between threads that mbarriers make is kept
+// as vector clocks; copies arrive as late and in as odd an order as the seed likes; products read
+// shared memory through their descriptors, and their sums are NaN until they are waited for.
+//
 // A mistake ends the launch with std::runtime_error that says what, where and which thread.
 #pragma once
 
@@ -86,5 +90,18 @@ template <class T>
 void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b);
 void mma_16x8x8_tf32(float* c, const uint32_t* a, const uint32_t* b);
 void mma_8x8x4(double* c, double a, double b);
+
+// sm_90a: see csrc/cuda/ptx_sm90a.cuh.
+uint32_t shared_address(const void* pointer);
+void mbarrier_init(void* s_barrier, int arrivals);
+void mbarrier_arrive(void* s_barrier, int expected_bytes);
+void mbarrier_wait(void* s_barrier, unsigned parity);
+void fence_async_proxy();
+void copy_bulk(void* s_to, const void* from, int bytes, void* s_barrier);
+void wgmma_fence();
+template <class T>
+void wgmma(float* sums, int columns, uint64_t a, uint64_t b);
+void wgmma_commit();
+void wgmma_wait(int groups);
 
 }  // namespace emulation

@@ -49,7 +49,11 @@ void store(void* to, const void* from, size_t bytes) {
 void sync_warp(unsigned mask) {
   require_full(mask, SITE);
   collective(
-      SITE, [](void* const*) { ++machine.warp_epoch[static_cast<size_t>(machine.thread / kWarp)]; },
+      SITE,
+      [](void* const*) {
+        ++machine.warp_epoch[static_cast<size_t>(machine.thread / kWarp)];
+        meet(first_lane(), kWarp);
+      },
       nullptr);
 }
 

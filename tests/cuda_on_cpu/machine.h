@@ -1,5 +1,6 @@
 // The state of the emulated machine; shared by threads.cpp (fibers, barriers), checks.cpp (memory),
-// counters.cpp (sectors and bank conflicts) and instructions.cpp (what a warp does together).
+// counters.cpp (sectors and bank conflicts), instructions.cpp (what a warp does together) and
+// asynchronous.cpp (what goes on beside the threads).
 #pragma once
 
 #include <cstddef>
@@ -17,15 +18,22 @@ constexpr size_t kStackBytes = size_t{1} << 18;
 
 using Site = const void*;  // a return address: where in the kernel
 
-enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+enum class State { kReady, kAtBarrier, kAtCollective, kAtMbarrier, kDone };
 
-// One warp instruction: `execute` gets the 32 lanes' operands.
+// One instruction of a warp or a warpgroup: `execute` gets all lanes' operands.
 using Execute = void (*)(void* const* operands);
 
 struct Copy {
   unsigned char* to;
   unsigned char data[16];
   int bytes;
+};
+
+// Sums of a product that may not be touched yet.
+struct PendingSums {
+  float* registers;  // where the thread keeps them
+  int group;         // of products, by number
+  std::vector<float> values;
 };
 
 struct Thread {
@@ -38,6 +46,9 @@ struct Thread {
   void* operands;                         // of this lane
   std::vector<std::vector<Copy>> groups;  // copies in flight by commit group, oldest first
   std::vector<Copy> uncommitted;
+  bool sums_fenced;    // wgmma.fence since registers were last the thread's own
+  int product_groups;  // committed so far
+  std::vector<PendingSums> sums;
 };
 
 struct Machine {
@@ -63,8 +74,12 @@ extern Machine machine;
 [[noreturn]] void fail(int thread, Site site, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 
-// Waits until all 32 lanes are here, then one of them executes for all.
-void collective(Site site, Execute execute, void* operands);
+// Waits until all lanes of the warp (or of `lanes` threads) are here, then one of them executes for
+// all.
+void collective(Site site, Execute execute, void* operands, int lanes = kWarp);
+
+// Leaves the thread until somebody makes it ready.
+void yield();
 
 // ---- checks.cpp ---------------------------------------------------------------------------------
 
@@ -76,6 +91,46 @@ void check(int thread, Site site, const void* address, size_t bytes, Access acce
 void check_copy_issued(int thread, Site site, void* to, size_t bytes);
 void check_copy_arrived(int thread, Site site, void* to, size_t bytes);
 void reset_shared();
+size_t shared_offset(const void* address);
+bool in_shared(const void* address, size_t bytes);
+// The same of a copy by the copy engine that completes on mbarrier number `barrier`.
+void check_bulk_issued(int thread, Site site, void* to, size_t bytes);
+void check_bulk_arrived(void* to, size_t bytes, int barrier);
+// 16 bytes that a product reads for some warps from `warp` on; `seen` and `fenced` as in `Clocks`,
+// of all threads of the warpgroup.
+void check_product_reads(int warp, int warps, Site site, const void* from, const uint32_t* seen,
+                         const uint32_t* fenced);
+void product_has_read(int warp, size_t at);
+void start_reads();
+
+// ---- asynchronous.cpp ---------------------------------------------------------------------------
+
+// Who has seen what of whom, once a block uses mbarriers or the asynchronous proxy: until then
+// barriers of the whole block are enough. Actors are the threads and, after them, the mbarriers,
+// for which the copy engine writes. An actor's access at time t has been seen by thread u if u has
+// heard of something that the actor did later, seen[u][actor] > t; and by the asynchronous proxy on
+// behalf of u if there was a proxy fence on the way, fenced[u][actor] > t.
+constexpr int kMaxMbarriers = 64;
+struct Clocks {
+  bool on = false;
+  uint32_t time = 0;
+  uint64_t changes = 0;  // of what anybody has seen
+  size_t actors = 0;
+  std::vector<uint32_t> seen, fenced;  // [thread][actor]
+  uint32_t* seen_by(int thread) { return &seen[static_cast<size_t>(thread) * actors]; }
+  uint32_t* fenced_by(int thread) { return &fenced[static_cast<size_t>(thread) * actors]; }
+};
+extern Clocks clocks;
+
+// Threads [first, first + count) have met.
+void meet(int first, int count);
+void reset_asynchronous();
+// Lets some copies arrive, as the seed has it; with `one`, one for certain. Whether any did.
+bool copies_arrive(bool one);
+// What the thread waits for, in words.
+std::string awaited(int thread);
+void check_nothing_flies();
+uint64_t random_number();
 
 // ---- counters.cpp -------------------------------------------------------------------------------
 

@@ -109,19 +109,13 @@ char* stack_of(size_t thread) {
 
 Thread& current() { return machine.threads[static_cast<size_t>(machine.thread)]; }
 
-void yield() {
-  Thread& thread = current();
-  leave(host_stack, host_stack_bytes);
-  switch_stack(&thread.stack_pointer, host_stack_pointer);
-  arrive_on_thread();
-}
-
 void enter() {
   arrive_on_thread();
   body.run(body.kernel, body.argument);
   Thread& thread = current();
   if (!thread.groups.empty() || !thread.uncommitted.empty())
     fail(machine.thread, thread.site, "ends with asynchronous copies in flight");
+  if (!thread.sums.empty()) fail(machine.thread, thread.site, "ends with products in flight");
   thread.state = State::kDone;
   yield();
   __builtin_unreachable();
@@ -175,25 +169,38 @@ void run_warp(int warp) {
   }
 }
 
+bool any_ready() {
+  return std::any_of(machine.threads.begin(), machine.threads.end(),
+                     [](const Thread& t) { return t.state == State::kReady; });
+}
+
 void run_block() {
   reset_shared();
+  reset_asynchronous();
   machine.epoch = 0;
   const size_t count = machine.threads.size(), warps = (count + kWarp - 1) / kWarp;
   machine.warp_epoch.assign(warps, 0);
   for (size_t i = 0; i < count; ++i) start(machine.threads[i], i);
   for (;;) {
-    for (int warp : shuffled(warps)) run_warp(warp);
+    for (int warp : shuffled(warps)) {
+      run_warp(warp);
+      copies_arrive(false);
+    }
+    if (any_ready()) continue;
     const auto waiting = [](State state) {
       return std::find_if(machine.threads.begin(), machine.threads.end(),
                           [&](const Thread& t) { return t.state == state; });
     };
     const auto index = [](auto found) { return static_cast<int>(found - machine.threads.begin()); };
     const auto collective = waiting(State::kAtCollective), barrier = waiting(State::kAtBarrier),
-               none = machine.threads.end();
+               mbarrier = waiting(State::kAtMbarrier), none = machine.threads.end();
+    if (mbarrier != none && copies_arrive(true)) continue;
     // fail() from the host throws.
     if (collective != none)
       fail(index(collective), collective->site,
-           "waits at a warp collective that other lanes of its warp do not reach");
+           "waits at a collective that other lanes of its warp or warpgroup do not reach");
+    if (mbarrier != none)
+      fail(index(mbarrier), mbarrier->site, "deadlock: %s", awaited(index(mbarrier)).c_str());
     if (barrier == none) break;
     for (const Thread& other : machine.threads) {
       if (other.state == State::kDone)
@@ -203,12 +210,23 @@ void run_block() {
              "waits at a barrier, but other threads wait at another one");
     }
     ++machine.epoch;
+    meet(0, static_cast<int>(count));
     for (Thread& thread : machine.threads) thread.state = State::kReady;
   }
+  check_nothing_flies();
   finish_block_counts();
 }
 
 }  // namespace
+
+void yield() {
+  Thread& thread = current();
+  leave(host_stack, host_stack_bytes);
+  switch_stack(&thread.stack_pointer, host_stack_pointer);
+  arrive_on_thread();
+}
+
+uint64_t random_number() { return random_order(); }
 
 void seed(uint64_t value) {
   machine.seed = value;
@@ -287,26 +305,26 @@ void sync_block(int line) {
   yield();
 }
 
-void collective(Site site, Execute execute, void* operands) {
+void collective(Site site, Execute execute, void* operands, int lanes) {
   Thread& thread = current();
   thread.state = State::kAtCollective;
   thread.site = site;
   thread.execute = execute;
   thread.operands = operands;
-  const size_t first = static_cast<size_t>(machine.thread / kWarp * kWarp);
-  void* all[kWarp];
-  for (size_t lane = 0; lane < kWarp; ++lane) {
-    if (first + lane >= machine.threads.size())
-      fail(machine.thread, site, "needs a whole warp, and its block ends within it");
+  const size_t count = static_cast<size_t>(lanes),
+               first = static_cast<size_t>(machine.thread) / count * count;
+  if (first + count > machine.threads.size())
+    fail(machine.thread, site, "needs a whole warp or warpgroup, and its block ends within it");
+  void* all[4 * kWarp];
+  for (size_t lane = 0; lane < count; ++lane) {
     const Thread& other = machine.threads[first + lane];
     if (other.state != State::kAtCollective) return yield();
     if (other.execute != execute)
-      fail(machine.thread, site, "waits at a warp collective, but lane %zu waits at another one",
-           lane);
+      fail(machine.thread, site, "waits at a collective, but lane %zu waits at another one", lane);
     all[lane] = other.operands;
   }
   execute(all);
-  for (size_t lane = 0; lane < kWarp; ++lane) machine.threads[first + lane].state = State::kReady;
+  for (size_t lane = 0; lane < count; ++lane) machine.threads[first + lane].state = State::kReady;
 }
 
 }  // namespace emulation

@@ -9,7 +9,8 @@ namespace deconv {
 namespace cuda {
 
 void run(Op, const Params& params, const std::string& algorithm, const Context&) {
-  for (const auto* kernels : {&planted::kMistakes, &planted::kFragments, &planted::kTraffic}) {
+  for (const auto* kernels :
+       {&planted::kMistakes, &planted::kFragments, &planted::kTraffic, &planted::kAsynchronous}) {
     const auto found = kernels->find(algorithm);
     if (found != kernels->end()) return found->second(params);
   }

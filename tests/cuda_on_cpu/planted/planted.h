@@ -16,5 +16,6 @@ using Kernels = std::map<std::string, void (*)(const deconv::Params&)>;
 extern const Kernels kMistakes;  // "name" and, without the mistake, "name_right"
 extern const Kernels kFragments;
 extern const Kernels kTraffic;
+extern const Kernels kAsynchronous;
 
 }  // namespace planted
