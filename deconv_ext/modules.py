@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ class _Extended(_Torchs):
     """
 
     _dims: int
-    _operator: Any
+    _operator: Callable[..., Tensor]
     #: The output size that a call gives if it names none.
     output_size: tuple[int, ...] | None = None
 
@@ -106,7 +107,8 @@ class _Extended(_Torchs):
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        torch_repr: Any = super().extra_repr
+        text: str = torch_repr()
         return text if self.output_size is None else f"{text}, output_size={self.output_size}"
 
     def _planar(self, padding: Any, output_padding: Any) -> tuple[Any, ...]:
