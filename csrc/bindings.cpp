@@ -3,6 +3,7 @@
 //
 // Tensors are 4-D here and carry any strides; unbatched inputs and argument defaults are settled in
 // deconv_ext/functional.py.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/complex.h>
@@ -10,6 +11,7 @@
 #include <ATen/ops/view_as_real.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
+#include <c10/core/Allocator.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -25,6 +27,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/output_pool.h"
 #include "deconv.h"
 
 namespace py = pybind11;
@@ -165,12 +168,44 @@ deconv::TensorRef ref(const Tensor& t) {
   return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
+// The pool of large results as an allocator of torch's.
+class PoolAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(std::size_t bytes) override {
+    deconv::cpu::OutputBlock* block = deconv::cpu::acquire_output(bytes);
+    report(*block, 1);
+    return {block->data, block, &release, at::Device(at::kCPU)};
+  }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  static void release(void* context) {
+    auto* block = static_cast<deconv::cpu::OutputBlock*>(context);
+    report(*block, -1);
+    deconv::cpu::release_output(block);
+  }
+  static void report(const deconv::cpu::OutputBlock& block, int64_t sign) {
+    if (c10::memoryProfilingEnabled())
+      c10::reportMemoryUsageToProfiler(block.data, sign * static_cast<int64_t>(block.capacity), 0,
+                                       0, at::Device(at::kCPU));
+  }
+};
+
 // torch's rule: channels_last if one of the two operands is.
 Tensor empty_like_operands(at::IntArrayRef sizes, const Tensor& a, const Tensor& b) {
   const bool channels_last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
                              b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return at::empty(sizes, a.options().memory_format(channels_last ? at::MemoryFormat::ChannelsLast
-                                                                  : at::MemoryFormat::Contiguous));
+  const at::MemoryFormat format =
+      channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  if (a.is_cpu() && c10::multiply_integers(sizes) * a.element_size() >=
+                        static_cast<int64_t>(deconv::cpu::kPooledBytes)) {
+    static PoolAllocator allocator;
+    return at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                     a.scalar_type(), format);
+  }
+  return at::empty(sizes, a.options().memory_format(format));
 }
 
 template <class Cpu, class Cuda>
@@ -520,5 +555,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_isas", &deconv::cpu::isas);
   m.def("cpu_isa", &deconv::cpu::isa);
   m.def("set_cpu_isa", &deconv::cpu::set_isa, "name"_a);
+  m.def("idle_output_bytes", &deconv::cpu::idle_output_bytes);
+  m.def("empty_output_pool", &deconv::cpu::empty_output_pool);
   m.def("compiled", &compiled);
 }

@@ -296,7 +296,7 @@ struct GatherPack {
   bool has_planes() const {
     const int64_t taps = plan.offsets_w.size(), step = plan.w.source_step;
     // With two residues and no overlap a strided copy costs no more.
-    return !plan.rows_across && (taps > step || (taps == step && step > 2)) && step > 1 &&
+    return !plan.rows_across && (taps > step || (taps == step && step > 2)) &&
            taps <= kPlaneTaps && !plan.batch_innermost && plan.w.positions >= kLanes<T> &&
            plan.source.stride[3] == 1 && plane_pixels() >= kLanes<T>;
   }

@@ -309,6 +309,8 @@ template <class T, class S>
 inline void deinterleave(T* to, int64_t pitch, const S* from, int64_t stride, int64_t count,
                          int64_t left) {
   switch (stride) {
+    case 1:
+      return deinterleave_by<1>(to, pitch, from, count, left);
     case 2:
       return deinterleave_by<2>(to, pitch, from, count, left);
     case 4:

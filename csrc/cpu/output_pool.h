@@ -1,0 +1,31 @@
+// Memory of large results, kept when a result dies and given to the next one that fits.
+//
+// Memory fresh from the system costs a page fault for every page that the kernel writes first,
+// which may take longer than the kernel itself, and whether malloc hands out fresh memory for a
+// block of megabytes depends on the history of the heap. docs/tuning.md has the measurements.
+#pragma once
+
+#include <cstddef>
+
+namespace deconv {
+namespace cpu {
+
+// Results below this size come from malloc, which recycles them by itself.
+constexpr std::size_t kPooledBytes = std::size_t{1} << 20;
+
+struct OutputBlock {
+  void* data;  // aligned to 4096 bytes at least
+  std::size_t capacity;
+};
+
+// Throws std::bad_alloc. Both may be called from any thread.
+OutputBlock* acquire_output(std::size_t bytes);
+void release_output(OutputBlock* block);
+
+// Idle blocks hold at most `DECONV_EXT_POOL_MB` MiB (default 256; 0 keeps nothing), the longest
+// unused ones going back to the system first.
+std::size_t idle_output_bytes();
+void empty_output_pool();
+
+}  // namespace cpu
+}  // namespace deconv
