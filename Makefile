@@ -1,4 +1,4 @@
-# make demo | test | lint | doctor | clean
+# make demo | test | lint | docs | doctor | clean
 #
 #   PYTHON=python3.12    the interpreter that the virtual environment is made with
 #   VENV=.venv           where it is; VENV= (empty) takes the environment of PYTHON instead, and
@@ -14,7 +14,7 @@ TORCH ?= torch
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint doctor clean
+.PHONY: help demo test lint docs doctor clean
 
 py := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
@@ -55,6 +55,10 @@ lint:
 	"$(py)" -m mypy
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | "$(py)" -c \
 	  'import clang_format; clang_format.clang_format()' --dry-run --Werror --files=/dev/stdin
+
+docs:
+	$(call environment,docs,material, mkdocs, mkdocstrings_handlers.python)
+	NO_MKDOCS_2_WARNING=1 "$(py)" -m mkdocs build --quiet --strict
 
 doctor:
 	$(call environment,bench,matplotlib)

@@ -228,9 +228,9 @@ class GradBias(Function):
 
 def _compute(name: str, *args: Any) -> Tensor:
     """The value: from the binary module, or by torch's dispatcher if somebody looks on there."""
-    if is_watched(args):
-        return operators()[name](*args)
-    return getattr(extension(), name)(*args)
+    function = operators()[name] if is_watched(args) else getattr(extension(), name)
+    result: Tensor = function(*args)
+    return result
 
 
 def is_watched(args: tuple[Any, ...]) -> bool:
@@ -348,7 +348,7 @@ def _product_rule(
     tangents: tuple[Any, ...],
     product: Callable[[Tensor, Tensor], Tensor],
     bias_term: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
+) -> Tensor:
     """The tangent of product(a, b), to which a bias may have been added.
 
     torch turns forward mode off around a Function's jvp. That would lose the tangents of an outer
@@ -391,13 +391,13 @@ def _recorded(name: str, operation: type[Function]) -> Callable[..., Tensor]:
     elsewhere a twin with everything in `forward(ctx, ...)` does the same for a few.
     """
 
-    def compute(*args: Any) -> Tensor:
+    def compute(*args: Any) -> Any:
         for arg in args:
             if isinstance(arg, Tensor) and is_legacy_batchedtensor(arg):
                 return _under_legacy_vmap(operation, args)
         return operation.forward(*args)
 
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Any:
         output = compute(*args)
         operation.setup_context(ctx, args, output)
         return output
@@ -408,7 +408,7 @@ def _recorded(name: str, operation: type[Function]) -> Callable[..., Tensor]:
     }
     twin: Any = type(f"ConvTranspose2d{operation.__name__}", (operation,), body)
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         if _are_functorch_transforms_active():
             return operation.apply(*args)
         if forward_ad._current_level >= 0:  # inside dual_level()

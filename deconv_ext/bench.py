@@ -96,7 +96,8 @@ def with_progress(jobs: Sequence[Any]) -> Iterable[Any]:
         from tqdm import tqdm
     except ModuleNotFoundError:
         return jobs
-    return tqdm(jobs, unit="job", leave=False, disable=None)
+    shown: Iterable[Any] = tqdm(jobs, unit="job", leave=False, disable=None)
+    return shown
 
 
 def run(options: argparse.Namespace, path: Path | None) -> tuple[dict[str, Any], list[Row]]:
@@ -135,8 +136,9 @@ def run(options: argparse.Namespace, path: Path | None) -> tuple[dict[str, Any],
 
 def result_path(options: argparse.Namespace) -> Path | None:
     """Where the result goes; with --save the picture goes beside it."""
+    output: Path | None = options.output
     if not options.save:
-        return options.output
+        return output
     facts = environment(options.device)
     name = facts["device"]
     if options.device.type != "cuda":

@@ -60,7 +60,7 @@ class Row:
     def of_roof(self, facts: dict[str, Any]) -> float:
         """The time that arithmetic or traffic takes at the machine's speed, as a part of ours."""
         machine = facts["machine"]
-        return max(self.gflops / machine["gflops"][self.dtype], self.gbs / machine["gbs"])
+        return float(max(self.gflops / machine["gflops"][self.dtype], self.gbs / machine["gbs"]))
 
 
 def dump(path: Path, content: dict[str, Any]) -> None:

@@ -198,7 +198,7 @@ class EventTimer(Timer):
         """Seconds of one call."""
         start, end = self.submit(function, flushes)
         self.synchronize()
-        return 1e-3 * start.elapsed_time(end)
+        return float(1e-3 * start.elapsed_time(end))
 
     def host_seconds(self, function: Function) -> float:
         """Until the call returns, the device idle before."""

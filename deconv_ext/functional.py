@@ -115,7 +115,8 @@ def conv_transpose2d(
 def _traced_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: autograd.Geometry
 ) -> Tensor:
-    return torch.ops.deconv_ext.conv_transpose2d(input, weight, bias, *geometry)
+    y: Tensor = torch.ops.deconv_ext.conv_transpose2d(input, weight, bias, *geometry)
+    return y
 
 
 def _activated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ class _Extended(_Torchs):
     """
 
     _dims: int
-    _operator: Any
+    _operator: Callable[..., Tensor]
     #: The output size that a call gives if it names none.
     output_size: tuple[int, ...] | None = None
     #: What the kernel does to its result; the slope is that of "leaky_relu".
@@ -113,7 +114,8 @@ class _Extended(_Torchs):
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        torch_repr: Any = super().extra_repr
+        text: str = torch_repr()
         if self.output_size is not None:
             text += f", output_size={self.output_size}"
         if self.activation is not None:

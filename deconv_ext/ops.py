@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from .build import extension
 
 extension()  # defines the operators
 
+_Fake = TypeVar("_Fake", bound=Callable[..., Any])
 _namespace = torch.ops.deconv_ext
 #: The operators by the names of the binary module's functions.
 OPERATORS: dict[str, Any] = {
@@ -51,6 +52,8 @@ _FUNCTIONS: dict[str, type[Function]] = {
 }
 
 # --- fake kernels: the result without its numbers ------------------------------------------------
+
+_register_fake: Callable[[str], Callable[[_Fake], _Fake]] = torch.library.register_fake
 
 
 def _empty(sizes: Sequence[Any], a: Tensor, b: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def _check_operands(name: str, other: Tensor, input: Tensor) -> None:
     )
 
 
-@torch.library.register_fake("deconv_ext::conv_transpose2d")
+@_register_fake("deconv_ext::conv_transpose2d")
 def _fake_forward(
     x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, padding: Any, extra: Any, dilation: Any,
     groups: Any,
@@ -129,7 +132,7 @@ def _fake_forward(
     return _empty([x.shape[0], c_out, *out], x, w)
 
 
-@torch.library.register_fake("deconv_ext::conv_transpose2d_activated")
+@_register_fake("deconv_ext::conv_transpose2d_activated")
 def _(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     *geometry, name, slope = geometry  # type: ignore[assignment]
     activation.check(name, slope)
@@ -137,19 +140,19 @@ def _(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     return _fake_forward(x, w, bias, *geometry)
 
 
-@torch.library.register_fake("deconv_ext::conv_transpose2d_grad_input")
+@_register_fake("deconv_ext::conv_transpose2d_grad_input")
 def _(dy: Tensor, w: Tensor, size: Any, *geometry: Any) -> Tensor:
     _check_operands("weight", w, dy)
     return _empty([dy.shape[0], w.shape[0], *size], dy, w)
 
 
-@torch.library.register_fake("deconv_ext::conv_transpose2d_grad_weight")
+@_register_fake("deconv_ext::conv_transpose2d_grad_weight")
 def _(x: Tensor, dy: Tensor, size: Any, *geometry: Any) -> Tensor:
     _check_operands("grad_output", dy, x)
     return _empty([x.shape[1], dy.shape[1] // geometry[-1], *size], x, dy)
 
 
-@torch.library.register_fake("deconv_ext::conv_transpose2d_grad_bias")
+@_register_fake("deconv_ext::conv_transpose2d_grad_bias")
 def _(dy: Tensor) -> Tensor:
     return torch.empty([dy.shape[1]], dtype=dy.dtype, device=dy.device)
 
@@ -174,7 +177,8 @@ def _register_transforms(name: str, function: Any) -> None:
         return result[:3] + (None,) * (ctx.count - 3)
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return function.vmap(info, _gathered(in_dims), *_gathered(args))
+        result: tuple[Tensor, int] = function.vmap(info, _gathered(in_dims), *_gathered(args))
+        return result
 
     torch.library.register_autograd(OPERATORS[name], backward, setup_context=setup_context)
     torch.library.register_vmap(OPERATORS[name], vmap)

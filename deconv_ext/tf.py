@@ -255,7 +255,7 @@ def from_keras(
     )
     padding, output_padding = _keras_padding(config, size, stride, dilation)
     cls: Any = ConvTranspose2d if dims == 2 else ConvTranspose1d
-    module = cls(
+    module: ConvTranspose2d | ConvTranspose1d = cls(
         c_in,
         c_out,
         tuple(size),
@@ -268,7 +268,7 @@ def from_keras(
     )
     with torch.no_grad():
         module.weight.copy_(kernel.permute(-1, -2, *range(dims)))
-        if use_bias:
+        if module.bias is not None:
             module.bias.copy_(torch.as_tensor(weights[1]))
     return module
 
