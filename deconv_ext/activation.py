@@ -63,14 +63,17 @@ def gradient(activation: str, negative_slope: float, dy: Tensor, value: Tensor) 
 
     By torch's own operators, which know their derivatives in turn.
     """
+    result: Tensor
     if activation == "relu":
-        return _aten.threshold_backward(dy, value, 0)
-    if activation == "leaky_relu":
-        return _aten.leaky_relu_backward(dy, value, negative_slope, negative_slope >= 0)
-    if activation == "tanh":
-        return _aten.tanh_backward(dy, value)
-    if activation == "sigmoid":
-        return _aten.sigmoid_backward(dy, value)
-    if activation == "silu":
-        return _aten.silu_backward(dy, value)
-    return _aten.gelu_backward(dy, value)
+        result = _aten.threshold_backward(dy, value, 0)
+    elif activation == "leaky_relu":
+        result = _aten.leaky_relu_backward(dy, value, negative_slope, negative_slope >= 0)
+    elif activation == "tanh":
+        result = _aten.tanh_backward(dy, value)
+    elif activation == "sigmoid":
+        result = _aten.sigmoid_backward(dy, value)
+    elif activation == "silu":
+        result = _aten.silu_backward(dy, value)
+    else:
+        result = _aten.gelu_backward(dy, value)
+    return result

@@ -6,6 +6,7 @@ import functools
 import operator
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,7 +104,9 @@ def conv_transpose2d(
         dtype = torch.get_autocast_dtype(device)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    apply: Any = _traced_forward if torch.compiler.is_dynamo_compiling() else autograd.forward
+    apply: Callable[..., Tensor] = (
+        _traced_forward if torch.compiler.is_dynamo_compiling() else autograd.forward
+    )
     if activation is not None:
         activations.check_dtype(activation, input.dtype)
         apply = functools.partial(_activated, activation, negative_slope)
@@ -133,9 +136,10 @@ def _activated(
     if autograd.needs_value_between((input, weight, bias), name, slope):
         z = _traced_forward(input, weight, bias, geometry)
         return activations.FUNCTIONS[name](z, slope)
-    return torch.ops.deconv_ext.conv_transpose2d_activated(
+    y: Tensor = torch.ops.deconv_ext.conv_transpose2d_activated(
         input, weight, bias, *geometry, name, slope
     )
+    return y
 
 
 # --- arguments -----------------------------------------------------------------------------------
