@@ -142,7 +142,8 @@ def result_path(options: argparse.Namespace) -> Path | None:
     facts = environment(options.device)
     name = facts["device"]
     if options.device.type != "cuda":
-        name += f"-{options.threads or facts['threads']}-threads"
+        # Names of processors are vague on virtual machines.
+        name += f"-{facts['isa']}-{options.threads or facts['threads']}-threads"
     folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = Path("benchmarks", "results", folder, f"{options.dtype}.json")
     options.plot = options.plot or path.with_suffix(".png")
