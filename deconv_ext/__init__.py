@@ -5,7 +5,7 @@ Importing the package neither compiles nor loads the binary module; the first ca
 
 from __future__ import annotations
 
-from . import checkerboard, functional, init, tf, tuning
+from . import checkerboard, functional, init, memory, tf, tuning
 from .build import build_info
 from .conv1d import conv_transpose1d
 from .convert import ConversionReport, convert, revert
@@ -35,6 +35,7 @@ __all__ = [
     "functional",
     "fuse",
     "init",
+    "memory",
     "revert",
     "tf",
     "tuning",
