@@ -150,12 +150,15 @@ def table(runs: Sequence[Run], quality: dict[str, Sequence[str]], *notes: str) -
     return report.table(rows, *notes)
 
 
-def agree(runs: Sequence[Run]) -> bool:
-    """Say how far the losses of each network trained with both operators differ; False if far."""
-    apart = [disagreement(*pair) for pair in pairs(runs)]
+def agree(runs: Sequence[Run], steps: int = COMPARED_STEPS) -> bool:
+    """Say how far the losses of each network trained with both operators differ; False if far.
+
+    `steps` are so few that the weights have been updated about COMPARED_STEPS times.
+    """
+    apart = [disagreement(*pair, steps) for pair in pairs(runs)]
     for (ours, torchs), difference in zip(pairs(runs), apart, strict=True):
         print(
-            f"{ours.name}: the losses of the first {COMPARED_STEPS} steps differ by "
+            f"{ours.name}: the losses of the first {steps} steps differ by "
             f"{difference:.1e} of the largest, {_verdict(difference)}; "
             f"a step with torch takes {torchs.milliseconds / ours.milliseconds:.2f} times as long"
         )
