@@ -57,23 +57,24 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def quickly(name: str, output: Path, *arguments: str) -> tuple[str, dict[str, list[str]]]:
+def quickly(name: str, output: Path, second: str) -> tuple[str, dict[str, list[str]]]:
     """What `python examples/NAME.py --quick` prints, and the cells of its table by its first two
-    columns; it must succeed and draw."""
+    columns; it must succeed and draw NAME.png and NAME_SECOND.png."""
     script = demo.EXAMPLES / f"{name}.py"
     path = os.pathsep.join([str(demo.EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, script, "--quick", "--output", output, *arguments],
+        [sys.executable, script, "--quick", "--output", output],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     pictures = sorted(output.glob("*.png"))
-    assert [path.name for path in pictures] == [f"{name}.png", f"{name}_curves.png"]
+    assert [path.name for path in pictures] == [f"{name}.png", f"{name}_{second}.png"]
     assert all(path.stat().st_size > 10_000 for path in pictures)
-    rows = (re.split(r"\s{2,}", line) for line in done.stdout.splitlines())
-    return done.stdout, {f"{row[0]}, {row[1]}": row[2:] for row in rows if len(row) > 5}
+    rows = [re.split(r"\s{2,}", line) for line in done.stdout.splitlines()]
+    rows = [row for row in rows if len(row) > 5]
+    return done.stdout, {f"{row[0]}, {row[1]}": row[2:] for row in rows[2:]}  # header and rule
 
 
 def number(cell: str) -> float:
@@ -81,7 +82,7 @@ def number(cell: str) -> float:
 
 
 def test_segmentation_learns_and_the_operators_agree(tmp_path: Path) -> None:
-    output, table = quickly("segmentation", tmp_path)
+    output, table = quickly("segmentation", tmp_path, "curves")
     assert "as rounding does" in output
     nothing = float(output.split("background alone ")[1].split()[0])
     for operator in ("deconv_ext", "torch"):
@@ -130,6 +131,14 @@ def test_heads_of_fcn_start_as_bilinear_interpolation(example: Any) -> None:
         want = F.interpolate(x, scale_factor=2, mode="bilinear")
         torch.testing.assert_close(up(x)[..., 1:-1, 1:-1], want[..., 1:-1, 1:-1])
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 11, 64, 64)
+
+
+def test_gan_learns_and_the_operators_agree(tmp_path: Path) -> None:
+    output, table = quickly("gan", tmp_path, "quality")
+    assert "as rounding does" in output
+    for operator in ("deconv_ext", "torch"):
+        before, after = map(number, table[f"kernel 4, {operator}"][3:5])
+        assert after < before / 2
 
 
 def test_the_penalty_differentiates_our_operator_twice(example: Any) -> None:
