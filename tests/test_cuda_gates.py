@@ -41,8 +41,9 @@ PRODUCTS = {  # of the gemm kernels: source file -> instruction of the tensor co
 }
 
 
-# What an integer division by a variable takes: a reciprocal in floating point, in place or called.
-DIVISION = re.compile(r"CALL division|I2F\.\S*RP|MUFU\.RCP")
+# What an integer division by a variable begins with, in place or called: the divisor in floating
+# point, rounded up. (Reciprocals alone belong to activations.)
+DIVISION = re.compile(r"CALL division|I2F\.\S*RP")
 
 
 class Kernel(NamedTuple):
@@ -255,7 +256,7 @@ def test_products_of_warpgroups(source: str) -> None:
         assert k.registers == 168, words(k.name)
         kind = r"HGMMA\.64x\d+x16\.F32" + (r"\.BF16" if "bfloat16" in source else r"(?!\.BF16)")
         at = [i for i, word in enumerate(k.instructions) if re.match(kind, word)]
-        assert len(at) >= 8, words(k.name)
+        assert len(at) >= 6, words(k.name)
         between = k.instructions[at[0] : at[-1]]
         division = [i for i in between if re.match(r"(I2F|F2I|MUFU|CALL|LDL|STL|HMMA)\b", i)]
         assert not division, words(k.name)
