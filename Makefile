@@ -49,7 +49,7 @@ test:
 	"$(py)" -m pytest $(ARGS)
 
 lint:
-	$(call environment,lint,clang_format, mypy, ruff)
+	$(call environment,lint,clang_format, matplotlib, mypy, ruff)
 	"$(py)" -m ruff check .
 	"$(py)" -m ruff format --check .
 	"$(py)" -m mypy

@@ -24,8 +24,6 @@
 
 #include <array>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <optional>
 #include <string>
@@ -34,6 +32,7 @@
 #include "choices.h"
 #include "cpu/output_pool.h"
 #include "deconv.h"
+#include "log.h"
 
 namespace py = pybind11;
 using at::Tensor;
@@ -285,8 +284,7 @@ bool run_chosen(Op op, const deconv::Params& params, const Tensor& y, const RunW
     if (PyErr_WarnEx(PyExc_UserWarning, warning.c_str(), 1) != 0) throw py::error_already_set();
     return false;
   }
-  const char* log = std::getenv("DECONV_EXT_LOG");
-  if (log && std::strcmp(log, "config") == 0)
+  if (deconv::asked_to_log("config"))
     std::fprintf(stderr, "deconv_ext: %s, as autotune has recorded\n", chosen.c_str());
   return true;
 }
@@ -589,9 +587,8 @@ py::dict tap_table(int64_t in, int64_t kernel, int64_t stride, int64_t dilation,
 }
 
 Op op_named(const std::string& name) {
-  if (name == "forward") return Op::kForward;
-  if (name == "grad_input") return Op::kGradInput;
-  if (name == "grad_weight") return Op::kGradWeight;
+  for (Op op : {Op::kForward, Op::kGradInput, Op::kGradWeight})
+    if (name == deconv::op_name(op)) return op;
   throw py::value_error("op must be 'forward', 'grad_input' or 'grad_weight', but got '" + name +
                         "'");
 }

@@ -29,6 +29,7 @@ from pathlib import Path
 import common
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -260,11 +261,15 @@ def networks(options: argparse.Namespace) -> list[common.Run]:
 def draw_quality(found: dict[str, Quality], floor: float, real_share: float, path: Path) -> None:
     figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.2, 1, 1])
-    for name, quality in found.items():
-        style = "--" if name.endswith("torch") else "-"
-        left.plot(*zip(*quality.distance.items()), style, marker=".", label=name)
-    left.axhline(floor, color="gray", ls=":", label="real to real images")
-    left.set(xlabel="training step", ylabel="Frechet distance", yscale="log")
+
+    def curves(axes: Axes, values: str, level: float, real: str, label: str) -> None:
+        for name, quality in found.items():
+            style = "--" if name.endswith("torch") else "-"
+            axes.plot(*zip(*getattr(quality, values).items()), style, marker=".", label=name)
+        axes.axhline(level, color="gray", ls=":", label=real)
+        axes.set(xlabel="training step", ylabel=label, yscale="log")
+
+    curves(left, "distance", floor, "real to real images", "Frechet distance")
     left.set_title("quality: less is better")
     left.legend(fontsize=8)
     rows = range(len(found))
@@ -275,11 +280,7 @@ def draw_quality(found: dict[str, Quality], floor: float, real_share: float, pat
     middle.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     middle.set_yticks(rows, list(found), fontsize=8)
     middle.invert_yaxis()
-    for name, quality in found.items():
-        style = "--" if name.endswith("torch") else "-"
-        right.plot(*zip(*quality.images.items()), style, marker=".", label=name)
-    right.axhline(real_share, color="gray", ls=":", label="real images")
-    right.set(xlabel="training step", ylabel="share of variance", yscale="log")
+    curves(right, "images", real_share, "real images", "share of variance")
     right.set_title("checkerboard in images")
     common.save(figure, path)
 

@@ -51,7 +51,13 @@ SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 OPERATIONS = ("forward", "grad_input", "grad_weight")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid")
+
+
+def dtype_of(fmt: str) -> torch.dtype:
+    """Of what is called by its dtype's name, or "tf32"."""
+    return torch.float32 if fmt == "tf32" else getattr(torch, fmt)
 
 
 class KernelError(Exception):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deconv_ext.testing import Case, load_layers
-from emulator import OPERATIONS, Emulator, build
+from emulator import OPERATIONS, Emulator, build, dtype_of
 
 MACHINE = Emulator(build())
 LAYERS = load_layers("gpu")
@@ -33,8 +33,8 @@ class Call(NamedTuple):
     layout: str
 
     def plan(self, algo: str = "auto") -> list[dict]:
-        dtype = torch.float32 if self.fmt == "tf32" else getattr(torch, self.fmt)
-        return MACHINE.plan(self.op, self.case, dtype, algo, self.layout, self.fmt == "tf32")
+        dtype, tf32 = dtype_of(self.fmt), self.fmt == "tf32"
+        return MACHINE.plan(self.op, self.case, dtype, algo, self.layout, tf32)
 
 
 def calls(op: str) -> list[Call]:

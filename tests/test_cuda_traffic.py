@@ -12,17 +12,12 @@ import pytest
 import torch
 
 from deconv_ext.testing import Case, make_case
-from emulator import Emulator, build
+from emulator import Emulator, build, dtype_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MACHINE = Emulator(build())
 LAYOUTS = ("contiguous", "channels_last")
-FORMATS = {
-    "bfloat16": torch.bfloat16,
-    "tf32": torch.float32,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+FORMATS = ("bfloat16", "tf32", "float32", "float64")
 WRITTEN = {"forward": "write y", "grad_input": "write x", "grad_weight": "write w"}
 SOURCE = {"forward": "read x", "grad_input": "read y"}
 
@@ -38,7 +33,7 @@ def launches(
     op: str, case: Case, fmt: str, layout: str, algo: str
 ) -> tuple[dict[str, dict[str, Any]], torch.Tensor]:
     """{kernel: what `Emulator.counts` tells of it} and the result."""
-    t = case.operands(0, FORMATS[fmt], layout)
+    t = case.operands(0, dtype_of(fmt), layout)
     MACHINE.count(True)
     try:
         result = MACHINE.run(op, case, t, algo, allow_tf32=fmt == "tf32")
@@ -80,11 +75,11 @@ def test_direct(op: str, case: Case, layout: str, fmt: str) -> None:
     assert times_written(launch, op, result) == 1 or apart
     assert launch["conflicts"] == {}
     source = case.x_shape if op == "forward" else case.y_shape
-    size = torch.Size(source).numel() * FORMATS[fmt].itemsize
+    size = torch.Size(source).numel() * dtype_of(fmt).itemsize
     rows = case.kernel[0] if op == "forward" else case.kernel[0] / case.stride[0]
     units = 8 if case is FEW and op == "grad_input" else 1
     positions = max(
-        1, 16 // FORMATS[fmt].itemsize // case.stride[1]
+        1, 16 // dtype_of(fmt).itemsize // case.stride[1]
     )  # of a run, for 16-byte stores
     halo = 1 + 2 / positions if op == "forward" else 1.5
     read = launch["memory"][SOURCE[op]]["bytes"]

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../deconv.h"
+#include "../log.h"
 #include "../reference/reference.h"
 #include "kernels.h"
 #include "profile.h"
@@ -113,10 +114,6 @@ const Algorithm kAlgorithms[] = {
     {"gemm", gemm_declines, always, run_gemm},
     {"reference", never_declines, always, reference::run},
 };
-
-const char* op_name(Op op) {
-  return op == Op::kForward ? "forward" : op == Op::kGradInput ? "grad_input" : "grad_weight";
-}
 
 // Below this many multiply-adds or outputs a second thread costs more than it brings.
 constexpr double kWorkForThreads = 50e3;

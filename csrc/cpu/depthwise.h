@@ -1,9 +1,10 @@
 // "depthwise": one channel a group and channels innermost in memory (channels_last): lanes are
 // channels.
 //
-//     forward       y[n, oh, ow, :]  = activation(bias + sum over taps of w[k, :] * x[n, ih, iw,
-//     :]) grad_input    dx[n, ih, iw, :] = sum over taps of w[k, :] * dy[n, oh, ow, :] grad_weight
-//     dw[k, :]         = sum over n, ih, iw of x[n, ih, iw, :] * dy[n, oh, ow, :]
+//     forward       y[n, oh, ow, :]  = activation(bias + sum of w[k, :] * x[n, ih, iw, :]),
+//                                      over taps
+//     grad_input    dx[n, ih, iw, :] = sum of w[k, :] * dy[n, oh, ow, :], over taps
+//     grad_weight   dw[k, :]         = sum of x[n, ih, iw, :] * dy[n, oh, ow, :], over n, ih, iw
 //
 // The weight is transposed to [k][channel] once; taps are clipped to the image.
 #pragma once

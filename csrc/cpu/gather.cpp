@@ -163,6 +163,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
   const double channels = static_cast<double>(plan.channels),
                offsets = static_cast<double>(plan.offsets());
   const bool by_phase = plan.target.stride[1] == 1 && plan.rows > 1;
+  const Flat padded = flat_images(plan, element_bytes);
   Layout best{false, by_phase, false, 0, std::numeric_limits<double>::max()};
   for (int across = 0; across < 2; ++across)
     for (int t = 0; t < tile_count; ++t) {
@@ -211,14 +212,13 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         pack = offsets * channels *
                (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + run : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
-        const Flat images_of = flat_images(plan, element_bytes);
-        if (images_of.possible) {
+        if (padded.possible) {
           const double once =
-              channels * images_of.waste * images_of.copies * (kVectorCopied / lanes + run);
-          flat = images_of.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
+              channels * padded.waste * padded.copies * (kVectorCopied / lanes + run);
+          flat = padded.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
           if (flat) {
-            multiply *= images_of.waste * kUnaligned;
-            store *= images_of.waste;
+            multiply *= padded.waste * kUnaligned;
+            store *= padded.waste;
             pack = once;
           }
         }

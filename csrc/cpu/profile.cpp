@@ -1,8 +1,8 @@
 #include "profile.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
+
+#include "../log.h"
 
 namespace deconv {
 namespace cpu {
@@ -10,18 +10,13 @@ namespace {
 
 constexpr const char* kNames[kPhases] = {"weights", "pack", "product", "store"};
 
-bool asked() {
-  const char* value = std::getenv("DECONV_EXT_LOG");
-  return value && std::strcmp(value, "profile") == 0;
-}
-
 }  // namespace
 
 std::atomic<bool> profiling{false};
 std::atomic<int64_t> phase_nanoseconds[kPhases];
 
 CallProfile::CallProfile(const char* op, const char* algorithm, int threads)
-    : op_(op), algorithm_(algorithm), threads_(threads), asked_(asked()) {
+    : op_(op), algorithm_(algorithm), threads_(threads), asked_(asked_to_log("profile")) {
   if (!asked_) return;
   for (auto& phase : phase_nanoseconds) phase = 0;
   profiling = true;

@@ -1,9 +1,8 @@
 // The CUDA device's entry: which algorithm.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 
+#include "../log.h"
 #include "algorithms.h"
 #include "direct.h"
 #include "gemm.h"
@@ -14,10 +13,6 @@
 namespace deconv {
 namespace cuda {
 namespace {
-
-const char* op_name(Op op) {
-  return op == Op::kForward ? "forward" : op == Op::kGradInput ? "grad_input" : "grad_weight";
-}
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Algorithms
@@ -82,11 +77,6 @@ const Algorithm& find(Op op, const Params& params, const std::string& name,
   return *accepts;
 }
 
-bool asked_to_log() {
-  const char* value = std::getenv("DECONV_EXT_LOG");
-  return value && std::strcmp(value, "config") == 0;
-}
-
 bool is_empty(Op op, const Problem& q) {
   if (op == Op::kGradWeight) return q.c_in * (q.c_out / q.groups) * q.h.kernel * q.w.kernel == 0;
   return op == Op::kForward ? q.batch * q.c_out * q.h.out * q.w.out == 0
@@ -107,7 +97,7 @@ void run(Op op, const Params& params, const std::string& algorithm, const Contex
   } catch (const std::invalid_argument& error) {  // it depends on what `declines` is not told
     throw declined_by(algorithm, error.what());
   }
-  if (asked_to_log())
+  if (asked_to_log("config"))
     std::fprintf(stderr, "deconv_ext: %s %s%s%s\n", op_name(op), chosen.name,
                  used.empty() ? "" : ":", used.c_str());
 }
