@@ -104,6 +104,18 @@ struct GatherPlan {
   int64_t sum_at(int64_t row, int64_t pixel) const {
     return rows_across ? pixel * sum_pitch() + row : row * sum_pitch() + pixel;
   }
+  // Packed pixels: elements from one tap of a tile to the next. While a channel is packed, each tap
+  // of each tile has an open cache line; an odd number of lines apart, they meet in no set.
+  int64_t tap_pitch(int64_t block_channels, int64_t element_bytes) const {
+    if (rows_across) return block_channels;
+    const int64_t line = 64 / element_bytes;
+    return ((block_channels * pixel_width + line - 1) / line | 1) * line;
+  }
+  // From one tile to the next.
+  int64_t tile_pitch(int64_t block_channels, int64_t block_offsets, int64_t element_bytes) const {
+    return (rows_across ? pixel_width : 1) * block_offsets *
+           tap_pitch(block_channels, element_bytes);
+  }
   int64_t weight_elements() const { return groups * row_chunks * channels * weights_per_channel; }
 };
 

@@ -96,7 +96,7 @@ struct GatherGemm {
           const bool in_place = places[t].source >= 0;
           const T* x = in_place    ? source + places[t].source
                        : plan.flat ? panel + t * plan.pixel_width
-                                   : panel + t * plan.pixel_width * offsets * channels;
+                                   : panel + t * plan.tile_pitch(channels, offsets, sizeof(T));
           const bool all_present = in_place || complete(present + t * offsets, offsets);
           if (base && all_present && base_in_place == in_place) {
             for (int64_t s = 0; s < segments.count; ++s)
@@ -156,7 +156,7 @@ struct GatherGemm {
                       c = begin - tap * channels;
         const T* pixel = in_place    ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
                          : plan.flat ? x + plan.flat_at[g.offset_at[tap]] + c * pixel_step
-                                     : x + (u * channels + c) * pixel_step;
+                                     : x + u * plan.tap_pitch(channels, sizeof(T)) + c * pixel_step;
         const T* weight = w + begin * plan.row_width;
         if (pixel == next && begin == last) {
           segments.list[segments.count - 1].length += end - begin;
@@ -187,7 +187,10 @@ struct GatherGemm {
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       panel = carver.take<T>(plan.flat ? plan.channel_block * plan.flat_channel
-                                       : pixels * plan.channel_block * plan.offset_block + lanes);
+                                       : plan.block_tiles * plan.tile_pitch(plan.channel_block,
+                                                                            plan.offset_block,
+                                                                            sizeof(T)) +
+                                             lanes);
       sums = carver.take<T>(pixels * plan.padded_rows);
       bias = carver.take<T>(plan.row_chunk);
       class_bias = carver.take<T>(plan.padded_rows);

@@ -273,7 +273,7 @@ struct GatherPack {
     for (int64_t t = 0; t < tiles; ++t) {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
-      T* to = panel + t * plan.pixel_width * offsets * channels;
+      T* to = panel + t * plan.tile_pitch(channels, offsets, sizeof(T));
       if (places[t].source >= 0 || plan.flat) {
         for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
       } else if (plan.rows_across) {
@@ -300,11 +300,22 @@ struct GatherPack {
         const int64_t line = pixel / pitch, jw = pixel % pitch, n = line / rows;
         const int64_t ih = line % rows + plan.offsets_h.front();
         const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
+        const S* row = inside ? source + plan.source.at(n, c, ih, 0) : nullptr;
+        const int64_t first_column = jw + plan.offsets_w.front();
         count = min_of(pitch - jw, end - pixel);
-        split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr,
-                  jw + plan.offsets_w.front(), count, to, 0);
+        if (row) fetch_next_channel(row, first_column, count);
+        split_row(row, first_column, count, to, 0);
       }
     }
+  }
+
+  // A few rows of a channel are read, then those of the next one, far away in memory: no stream
+  // that the processor would see ahead.
+  void fetch_next_channel(const S* row, int64_t first, int64_t count) const {
+    const S* next = row + plan.source.stride[1];
+    const int64_t end = min_of(first + count, plan.w.source);
+    for (int64_t i = max_of<int64_t>(first, 0); i < end; i += 64 / sizeof(S))
+      __builtin_prefetch(next + i);
   }
 
   // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row,
@@ -334,7 +345,7 @@ struct GatherPack {
     const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
     const int64_t step =
         plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
-    for (int64_t u = 0; u < offsets; ++u, to += channels * width) {
+    for (int64_t u = 0; u < offsets; ++u, to += plan.tap_pitch(channels, sizeof(T))) {
       const int64_t offset_h = plan.offsets_h[(u0 + u) / count_w],
                     offset_w = plan.offsets_w[(u0 + u) % count_w];
       int64_t found = 0;
@@ -389,9 +400,10 @@ struct GatherPack {
           if (ih < 0 || ih >= plan.h.source) continue;
           const S* row = source + plan.source.at(run->n, c, ih, 0);
           for (int64_t at = 0; at < run->count; at += pixels)
-            pack_plane_piece(row, run->jw + at, min_of(pixels, run->count - at), run->at + at,
-                             plan.offsets_w.data() + first_w, taps, channels, offsets,
-                             panel + (u * channels + c) * plan.pixel_width);
+            pack_plane_piece(
+                row, run->jw + at, min_of(pixels, run->count - at), run->at + at,
+                plan.offsets_w.data() + first_w, taps, channels, offsets,
+                panel + u * plan.tap_pitch(channels, sizeof(T)) + c * plan.pixel_width);
         }
   }
 
@@ -405,19 +417,21 @@ struct GatherPack {
     const int64_t base = floor_div(offsets_w[0], step);
     const int64_t positions = count + floor_div(offsets_w[taps - 1], step) - base;
     const int64_t first = (jw + base) * step;  // column of the first element of plane 0
+    fetch_next_channel(row, first, positions * step);
     split_row(row, first, positions, planes, pitch);
-    const int64_t first_tile = at / width, first_lane = at % width;
+    const int64_t first_tile = at / width, first_lane = at % width,
+                  tile_pitch = plan.tile_pitch(channels, offsets, sizeof(T));
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t shift = floor_div(offsets_w[tap], step);
       const T* from = planes + (offsets_w[tap] - shift * step) * pitch + shift - base;
-      T* tile = panel + (first_tile * offsets + tap) * channels * width;
+      T* tile = panel + first_tile * tile_pitch + tap * plan.tap_pitch(channels, sizeof(T));
       int64_t lane = first_lane;
       for (int64_t left = count, length; left > 0; left -= length) {
         length = min_of(width - lane, left);
         copy_every<1>(tile + lane, from, length, width - lane);
         from += length;
         lane = 0;
-        tile += offsets * channels * width;
+        tile += tile_pitch;
       }
     }
   }
