@@ -71,11 +71,14 @@ struct GatherPlan {
   bool batch_innermost;   // a tile is one position of consecutive images, so that it skips its
                           // invalid taps; else pixels are numbered image by image
   double valid_fraction;  // of the taps, over all positions: the others read padding
-  // Pixels are packed once for all taps, as zero-padded images that lie row after row ("flat"): a
-  // tap is then a constant distance. Positions are padded likewise, so that pixel p of the panel is
-  // position p; targets of the padding lie outside.
+  // Pixels are packed once for all taps, as zero-padded images that lie row after row, one for each
+  // residue modulo the steps of the source ("flat"): a tap is then a constant distance. Positions
+  // are padded likewise, so that pixel p of an image is position p; targets of the padding lie
+  // outside.
   bool flat;
   int64_t flat_channel;          // elements from one channel to the next
+  int64_t flat_residue;          // and from one residue of a channel to the next
+  int64_t flat_reach;            // from a pixel to its last tap in the same residue
   std::vector<int64_t> flat_at;  // [offsets] elements from a pixel to that tap
   // Tiles of pixels that have all taps (and targets) are read from the source where they are, and
   // written to the target by the product itself.
@@ -88,10 +91,11 @@ struct GatherPlan {
   int64_t channel_block, offset_block;  // K is cut into blocks of channels x offsets
   int64_t chunks_per_task;
 
-  // How far apart the taps of an axis are.
-  static int64_t halo(const std::vector<int64_t>& offsets) {
-    return offsets.empty() ? 0 : offsets.back() - offsets.front();
+  // How many positions apart the taps of an axis are.
+  static int64_t halo(const std::vector<int64_t>& offsets, int64_t step) {
+    return offsets.empty() ? 0 : floor_div(offsets.back(), step) - floor_div(offsets.front(), step);
   }
+  int64_t residues() const { return h.source_step * w.source_step; }
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
   // Where (row, phase) stands among the `rows` rows of its class.
   int64_t row_of(const PhaseClass& class_h, const PhaseClass& class_w, int64_t rows, int64_t row,

@@ -289,22 +289,31 @@ struct GatherPack {
     if (plan.flat && joined_count > 0) pack_flat(source, first_pixel, tiles, channels, panel);
   }
 
-  // [channel][pixel]: zero-padded images, row after row, from pixel `first` of all on.
+  // [channel][residue][pixel]: zero-padded images, row after row, from pixel `first` of all on.
   DECONV_PHASE void pack_flat(const S* source, int64_t first, int64_t tiles, int64_t channels,
                               T* panel) const {
-    const int64_t pitch = plan.w.positions, rows = plan.h.positions;
-    const int64_t end = first + tiles * plan.pixel_width + plan.flat_at.back();
-    for (int64_t c = 0; c < channels; ++c, panel += plan.flat_channel) {
-      T* to = panel;
-      for (int64_t pixel = first, count; pixel < end; pixel += count, to += count) {
-        const int64_t line = pixel / pitch, jw = pixel % pitch, n = line / rows;
-        const int64_t ih = line % rows + plan.offsets_h.front();
-        const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
-        count = min_of(pitch - jw, end - pixel);
-        split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr,
-                  jw + plan.offsets_w.front(), count, to, 0);
+    const int64_t pitch = plan.w.positions, rows = plan.h.positions, step_h = plan.h.source_step,
+                  step_w = plan.w.source_step;
+    const int64_t first_h = floor_div(plan.offsets_h.front(), step_h) * step_h,
+                  first_w = floor_div(plan.offsets_w.front(), step_w) * step_w;
+    const int64_t line = first / pitch;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t rh = 0; rh < step_h; ++rh) {
+        T* to = panel + c * plan.flat_channel + rh * step_w * plan.flat_residue;
+        int64_t n = line / rows, jh = line % rows, jw = first % pitch, count;
+        for (int64_t left = tiles * plan.pixel_width + plan.flat_reach; left > 0;
+             left -= count, to += count, jw = 0) {
+          const int64_t ih = jh * step_h + first_h + rh;
+          const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
+          count = min_of(pitch - jw, left);
+          split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr, jw * step_w + first_w,
+                    count, to, plan.flat_residue);
+          if (++jh == rows) {
+            jh = 0;
+            ++n;
+          }
+        }
       }
-    }
   }
 
   // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row,
