@@ -1,10 +1,9 @@
 // forward and grad_input as one gather, and the plan by which the matrix kernel (gather_gemm.h)
 // computes it.
 //
-//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of
-//     phase r of
-//                                           source[n, c, j * source_step + offset] * weight[c, row,
-//                                           k]
+//     target[n, row, j * target_step + r] =
+//         bias[row] + sum over channels c and taps (k, offset) of phase r of
+//                     source[n, c, j * source_step + offset] * weight[c, row, k]
 //
 //                   source   target   channels              rows
 //     forward       x        y        c_in / groups         c_out / groups
