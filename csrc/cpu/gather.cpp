@@ -123,9 +123,10 @@ struct Layout {
 };
 
 // A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
-// piece; far elements lie in lines of their own. Each tap begins anew with each row of the source.
+// piece; far elements lie in lines of their own, which serve other pixels too unless they are lone.
+// Each tap begins anew with each row of the source.
 constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
-                 kRow = 50;
+                 kLoneElement = 8, kRow = 50;
 
 // Flat pixels: a vector that crosses cache lines is loaded twice, and channels lie strewn.
 constexpr double kUnaligned = 1.18;
@@ -201,9 +202,12 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                 ? 1
                 : 1 - static_cast<double>(plan.w.positions / pixel_width * pixel_width) /
                           plan.w.positions;
+        const double element = plan.source.stride[1] <= 16                       ? kElement
+                               : plan.w.source_step * plan.source.stride[3] < 16 ? kFarElement
+                                                                                 : kLoneElement;
         pack = offsets * (plan.source.stride[1] == 1
                               ? crossing * (kRun + channels * kVectorCopied / lanes)
-                              : channels * (plan.source.stride[1] <= 16 ? kElement : kFarElement));
+                              : channels * element);
         store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1
                                ? kRun / contiguous + kVectorStored / lanes
                                : kElement);
@@ -285,16 +289,20 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   const int64_t block_pixels = std::min({share, fitting, sum_elements / least_rows});
   plan.block_tiles = std::max<int64_t>(1, std::min(block_pixels / plan.pixel_width, plan.tiles));
 
-  // Chunks of rows end with whole tiles where they can; few blocks of pixels: spread the rows over
-  // the threads too.
-  const PhaseClass &h = plan.h.classes.front(), &w = plan.w.classes.front();
-  const int64_t unit = plan.row_width / std::gcd(plan.row_width, h.phases * w.phases);
-  const int64_t blocks = ceil_div(plan.tiles, plan.block_tiles) * plan.groups;
+  // Few blocks of pixels: spread the rows over the threads too, in chunks of about four tiles or
+  // more; where there are not as many rows, in as many blocks as go round.
+  const int64_t finest = std::max<int64_t>(1, plan.rows * phases / (4 * plan.row_width));
+  int64_t blocks = ceil_div(plan.tiles, plan.block_tiles) * plan.groups;
+  if (blocks < tasks && finest == 1) {
+    plan.block_tiles = ceil_div(plan.tiles, ceil_div(round_up(blocks, threads), plan.groups));
+    blocks = ceil_div(plan.tiles, plan.block_tiles) * plan.groups;
+  }
   const int64_t rows_at_once =
       std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
-  const int64_t finest = std::max<int64_t>(
-      1, plan.rows * phases / (4 * plan.row_width));  // about four tiles of rows a chunk
   const int64_t spread = blocks < tasks ? std::min(ceil_div(tasks, blocks), finest) : 1;
+  // Chunks end with whole tiles where they can.
+  const PhaseClass &h = plan.h.classes.front(), &w = plan.w.classes.front();
+  const int64_t unit = plan.row_width / std::gcd(plan.row_width, h.phases * w.phases);
   plan.row_chunk = ceil_div(plan.rows, std::max(ceil_div(plan.rows, rows_at_once), spread));
   plan.row_chunk = std::min(plan.rows, round_up(plan.row_chunk, unit));
   plan.row_chunks = ceil_div(plan.rows, plan.row_chunk);

@@ -316,6 +316,15 @@ struct GatherPack {
       }
   }
 
+  // A few rows of a channel are read, then those of the next one, far away in memory: no stream
+  // that the processor would see ahead.
+  void fetch_next_channel(const S* row, int64_t first, int64_t count) const {
+    const S* next = row + plan.source.stride[1];
+    const int64_t end = min_of(first + count, plan.w.source);
+    for (int64_t i = max_of<int64_t>(first, 0); i < end; i += 64 / sizeof(S))
+      __builtin_prefetch(next + i);
+  }
+
   // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row,
   // or if there is none. Up to a vector more is written after each.
   void split_row(const S* row, int64_t first, int64_t count, T* to, int64_t pitch) const {
@@ -414,6 +423,7 @@ struct GatherPack {
           const int64_t base = shift[first_w], last = shift[first_w + taps - 1];
           for (int64_t at = 0; at < run->count; at += pixels) {
             const int64_t count = min_of(pixels, run->count - at);
+            fetch_next_channel(row, (run->jw + at + base) * step, (count + last - base) * step);
             split_row(row, (run->jw + at + base) * step, count + last - base, planes,
                       plane_pitch());
             const int64_t first_tile =
