@@ -84,23 +84,16 @@ inline Vector<T> broadcast(T v) {
   return Vector<T>{} + v;
 }
 
-// The coefficients begin with that of the highest power. By halves, for what waits for a result
-// does so in fewer steps than in Horner's scheme.
-template <class T, int kCount>
-inline Vector<T> polynomial(const T* coefficients, Vector<T> x) {
-  constexpr int kLow = kCount > 8 ? 8 : kCount > 4 ? 4 : kCount > 2 ? 2 : 1;
-  if constexpr (kCount == 1) {
-    return broadcast(coefficients[0]);
-  } else {
-    Vector<T> power = x;
-    for (int i = 1; i < kLow; i *= 2) power *= power;
-    return polynomial<T, kCount - kLow>(coefficients, x) * power +
-           polynomial<T, kLow>(coefficients + kCount - kLow, x);
-  }
-}
+// The coefficients begin with that of the highest power. Pairs first: what waits for the result
+// waits for half as many steps as in Horner's scheme.
 template <class T, int kCount>
 inline Vector<T> polynomial(const T (&coefficients)[kCount], Vector<T> x) {
-  return polynomial<T, kCount>(&coefficients[0], x);
+  const Vector<T> square = x * x;
+  Vector<T> sum = broadcast(coefficients[0]);
+  if constexpr (kCount % 2 == 0) sum = sum * x + coefficients[1];
+  for (int i = 2 - kCount % 2; i < kCount; i += 2)
+    sum = sum * square + (coefficients[i] * x + coefficients[i + 1]);
+  return sum;
 }
 
 template <class T>
@@ -143,6 +136,22 @@ inline Exponential<T> exponential(Vector<T> a, Rest... rest) {
                                       << C::kMantissa)};
 }
 
+// x * x - square, exactly, where `square` is x * x rounded.
+template <class T>
+inline Vector<T> rest_of_square(Vector<T> x, Vector<T> square) {
+#if DECONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_fmsub_ps(x, x, square);
+  if constexpr (sizeof(T) == 8) return _mm512_fmsub_pd(x, x, square);
+#elif DECONV_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return _mm256_fmsub_ps(x, x, square);
+  if constexpr (sizeof(T) == 8) return _mm256_fmsub_pd(x, x, square);
+#else
+  constexpr auto kHead = ActivationConstants<T>::kHead;
+  const Vector<T> head = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits<T>>(x) & kHead);
+  return (head * head - square) + (x - head) * (x + head);
+#endif
+}
+
 template <class T>
 constexpr T power_of_two(int n) {
   return n == 0 ? T(1) : n < 0 ? power_of_two<T>(n + 1) / 2 : power_of_two<T>(n - 1) * 2;
@@ -168,14 +177,13 @@ inline Vector<T> vector_gelu(Vector<T> x) {
   using C = ActivationConstants<T>;
   constexpr T kUnscaled = power_of_two<T>(-C::kTailScale);
   const Vector<T> size = magnitude<T>(x), u = size > C::kFarTail ? Vector<T>{} : size;
-  // The square of u in two parts, the first of them exact: exp would multiply its error.
-  const Vector<T> head = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits<T>>(u) & C::kHead);
-  const Exponential<T> e =
-      exponential<C::kTailScale, T>(head * head * T(-0.5), (u - head) * ((u + head) * T(-0.5)));
-  const Vector<T> tail = e.value() * (polynomial(C::kTailA, u) / polynomial(C::kTailB, u));
+  // exp multiplies the error of its argument, so the square of u is in two parts.
+  const Vector<T> square = u * u, rest = rest_of_square<T>(u, square);
+  const Exponential<T> e = exponential<C::kTailScale, T>(square * T(-0.5), rest * T(-0.5));
+  const Vector<T> tail = e.value() * (u * polynomial(C::kTailA, u) / polynomial(C::kTailB, u));
   // The tail is scaled back last, next to v: numbers below the normal ones are slow.
   const Vector<T> positive = x > 0 ? broadcast(T(1)) : Vector<T>{};
-  return x * positive - u * tail * kUnscaled;
+  return x * positive - tail * kUnscaled;
 }
 
 template <Activation kActivation, class T>
