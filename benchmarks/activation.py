@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, help="keep the rows there, as JSON")
+    parser.add_argument("--output", type=Path, help="a JSON file; an unfinished one is completed")
     parser.add_argument("--load", type=Path, help="show such a file instead of measuring")
     args = parser.parse_args()
     if args.load:
@@ -97,9 +97,14 @@ def main() -> None:
     timer = (GatedTimer if args.device.type == "cpu" else EventTimer)(args.device, 7, 1.0)
     facts = environment(args.device, dtype=args.dtype)
     rows: list[dict[str, Any]] = []
+    if args.output and args.output.exists():
+        rows = json.loads(args.output.read_text())["rows"]
+    done = {(row["layer"], row["op"], row["activation"]) for row in rows}
     for case in (case for case in LAYERS if case.name in LAYER_NAMES):
         for op in ("forward", "step"):
             for name in FUNCTIONS:
+                if (case.name, op, name) in done:
+                    continue
                 rows.append(measure(case, name, op, timer, args.dtype))
                 print(rows[-1], flush=True)
                 if args.output:
