@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pickle
+import runpy
 
 import mpmath
 import pytest
@@ -16,6 +18,7 @@ import deconv_ext
 from deconv_ext.activation import FUNCTIONS
 from deconv_ext.functional import conv_transpose2d
 from deconv_ext.testing import EDGE, Case, Operands, make_case
+from project import ROOT
 from support import (
     FLOATS,
     C,
@@ -264,6 +267,30 @@ def test_what_is_saved_is_the_output(name: str) -> None:
     assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, layer.weight, y))
 
 
+@each_name
+def test_a_training_step_has_one_pass_for_the_derivative(name: str) -> None:
+    """And none for the activation where its derivative can be told from the output."""
+    layer, x = small(activation=name)
+    dy = layer(x.requires_grad_()).detach()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(layer(x), (x, *layer.parameters()), dy)
+    names = [event.name for event in profile.events() if "::" in event.name]
+    trivial = ("aten::empty", "aten::resolve_conj", "aten::resolve_neg")
+    found = [n for n in names if n not in trivial and "autograd" not in n]
+    between = name in ("silu", "gelu")
+    derivative = "threshold" if name == "relu" else name
+    assert sorted(found) == sorted(
+        [
+            "deconv_ext::conv_transpose2d" + "_activated" * (not between),
+            *[f"aten::{name}"] * between,
+            f"aten::{derivative}_backward",
+            "deconv_ext::conv_transpose2d_grad_input",
+            "deconv_ext::conv_transpose2d_grad_weight",
+            "deconv_ext::conv_transpose2d_grad_bias",
+        ]
+    )
+
+
 @pytest.mark.parametrize("name", ["tanh", "silu"])
 def test_transforms(name: str) -> None:
     layer, x = small(activation=name)
@@ -451,3 +478,15 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         with pytest.raises(NotImplementedError, match="needs a floating point dtype"):
             call(x, w, None, *geometry, "relu", 0.0)
     assert dtype_name(conv_transpose2d(x, w).dtype) == dtype_name(dtype)
+
+
+# --- what is said of its speed -------------------------------------------------------------------
+
+
+def test_the_table_in_the_documentation_is_the_recorded_run() -> None:
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/activation.py"))
+    (recorded,) = (ROOT / "benchmarks/results").glob("*/activation.json")
+    content = json.loads(recorded.read_text())
+    assert benchmark["markdown"](**content) in (ROOT / "docs/tuning.md").read_text()
+    cells = {(row["layer"], row["op"], row["activation"]) for row in content["rows"]}
+    assert len(cells) == len(benchmark["LAYER_NAMES"]) * 2 * len(NAMES)

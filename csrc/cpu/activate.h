@@ -1,15 +1,21 @@
 // activation.h for vectors: what `forward` does to a block of sums while it lies in the cache.
 //
-// All exponentials are of arguments a <= 0, as exp(a) = 2^n * exp(r), n = round(a / ln 2), with a
+// An exponential is exp(a) = 2^n * (1 + p(r)), n = round(a / ln 2), r = a - n ln 2, with a
 // polynomial p(r) = exp(r) - 1 that leaves out nothing next to 1, so that tanh keeps its accuracy
-// at zero. For gelu the tail of the normal distribution is exp(-u^2 / 2) times a smooth function:
+// at zero:
 //
-//     gelu(v) = max(v, 0) - u * Q(u)      u = |v|,  Q(u) = erfc(u / sqrt(2)) / 2
-//     Q(u) = exp(-u^2 / 2) * t(z) / (u + c)             z = (u - c) / (u + c)
+//     sigmoid(v) = 1 / (1 + exp(-v))
+//     tanh(v)    = sign(v) * E / (E + 2)       E = exp(2 |v|) - 1
+//     gelu(v)    = max(v, 0) - u * Q(u)        u = |v|,  Q(u) = erfc(u / sqrt(2)) / 2
+//                                              Q(u) = exp(-u^2 / 2) * A(u) / B(u)
 //
-// The polynomials interpolate p and t at Chebyshev nodes, with errors below half a unit of T. Each
-// result is within a few units of the definition, as far as it is a normal number.
+// Where exp(a) leaves the range of T, both sides of a quotient are scaled by a power of two. The
+// polynomial interpolates p at Chebyshev nodes, A / B the tail at those of (u - 3) / (u + 3); both
+// with errors below half a unit of T. All coefficients of A and B are positive: nothing cancels.
+// Each result is within a few units of the definition, as far as it is a normal number.
 #pragma once
+
+#include <limits>
 
 #include "../activation.h"
 #include "simd.h"
@@ -25,26 +31,27 @@ template <>
 struct ActivationConstants<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // x + kRound - kRound is x as a whole number
-  static constexpr float kLeast = -105;       // exp of it is zero
-  static constexpr float kFar = 15;           // the tail from there on is zero
-  static constexpr int32_t kHead = ~0xfff;    // half of the digits of a number
+  // Where exp(-v) is cut off: sigmoid is zero beyond the one, 1 beyond the other, tanh 1 beyond the
+  // third and the tail of gelu zero beyond the last. Scaled by 2^kScale the first is in range.
+  static constexpr float kZeroBelow = -105, kOneAbove = 20, kFarTanh = 10, kFarTail = 15;
+  static constexpr int kScale = 30, kTailScale = 64;  // of exp(-v), of exp(-u^2 / 2)
+  static constexpr int32_t kHead = ~0xfff;            // half of the digits of a number
   // ln 2, the first part so short that products with n are exact
   static constexpr float kLog2E = 1.44269504f, kLn2High = 0.693115234375f, kLn2Low = 3.19461849e-5f;
   static constexpr float kExp[] = {1.39261761e-3f, 8.36317307e-3f, 4.16665547e-2f, 1.6666577e-1f,
                                    5.0e-1f};
-  static constexpr float kCentre = 3.0;
-  static constexpr float kTail[] = {5.54918717e-5f,  1.33323954e-4f,  -2.44709321e-4f,
-                                    -1.03447655e-3f, 1.02415732e-3f,  6.96992015e-3f,
-                                    -1.0462289e-2f,  -4.72627619e-2f, 2.30017677e-1f,
-                                    -5.09331989e-1f, 7.29083691e-1f};
+  static constexpr float kTailA[] = {4.1225282e-3f, 4.07000615e-2f, 1.83471861e-1f, 4.38674257e-1f,
+                                     5.0e-1f};
+  static constexpr float kTailB[] = {1.03335341e-2f, 1.02026065e-1f, 4.70084305e-1f,
+                                     1.20358243f,    1.67523342f,    1.0f};
 };
 
 template <>
 struct ActivationConstants<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
-  static constexpr double kLeast = -747;
-  static constexpr double kFar = 40;
+  static constexpr double kZeroBelow = -747, kOneAbove = 40, kFarTanh = 20, kFarTail = 40;
+  static constexpr int kScale = 100, kTailScale = 512;
   static constexpr int64_t kHead = ~int64_t{0x7ffffff};
   static constexpr double kLog2E = 1.4426950408889634, kLn2High = 0.69314718048553913832,
                           kLn2Low = 7.4406171100123967e-11;
@@ -52,14 +59,21 @@ struct ActivationConstants<double> {
       2.5100375832561234e-8, 2.7620075879983367e-7, 2.7557268480310026e-6, 2.4801521322368693e-5,
       1.9841269863040545e-4, 1.3888888917196719e-3, 8.3333333333300644e-3, 4.1666666666624162e-2,
       1.6666666666666667e-1, 5.000000000000001e-1};
-  static constexpr double kCentre = 4.0;
-  static constexpr double kTail[] = {
-      -9.990624160023276e-10, -1.015295717649618e-11, 1.3976528155950822e-8, 1.4842390072751343e-8,
-      -7.6347128434410861e-8, -1.5461968191221919e-7, 2.6354310560684454e-7, 1.0200713392568464e-6,
-      -6.2499069953697852e-7, -5.9190131861540441e-6, 7.1493083254784009e-7, 3.5144214968257804e-5,
-      -1.9078434059248705e-6, -2.3109482414997104e-4, 1.3334424978358428e-4, 1.6308184424805886e-3,
-      -3.4796923618040596e-3, -7.5401889656250168e-3, 6.0396574890676654e-2, -1.8652185795969339e-1,
-      3.8713740074221934e-1,  -6.0789664197189176e-1, 7.5528513041575148e-1};
+  static constexpr double kTailA[] = {1.7473805881181668e-7,
+                                      5.6647256828198709e-6,
+                                      8.9491910847612563e-5,
+                                      8.9851966530890924e-4,
+                                      6.3132950570228495e-3,
+                                      3.2341430529309371e-2,
+                                      1.2225382478338168e-1,
+                                      3.3735139825915013e-1,
+                                      6.5367139348223827e-1,
+                                      8.1128648032441034e-1,
+                                      5.0e-1};
+  static constexpr double kTailB[] = {
+      4.3800335887144716e-7, 1.4199361564669383e-5, 2.2476095743185148e-4, 2.2664541604446337e-3,
+      1.6048530822683673e-2, 8.3291800902330206e-2, 3.2182569771011142e-1, 9.2232023759989609e-1,
+      1.9155130173865676,    2.7385884734099469,    2.420457521451686,     1.0};
 };
 
 template <class T>
@@ -70,77 +84,106 @@ inline Vector<T> broadcast(T v) {
   return Vector<T>{} + v;
 }
 
-// The coefficients begin with that of the highest power.
+// The coefficients begin with that of the highest power. Pairs first: what waits for the result
+// waits for half as many steps as in Horner's scheme.
 template <class T, int kCount>
 inline Vector<T> polynomial(const T (&coefficients)[kCount], Vector<T> x) {
+  const Vector<T> square = x * x;
   Vector<T> sum = broadcast(coefficients[0]);
-  for (int i = 1; i < kCount; ++i) sum = sum * x + coefficients[i];
+  if constexpr (kCount % 2 == 0) sum = sum * x + coefficients[1];
+  for (int i = 2 - kCount % 2; i < kCount; i += 2)
+    sum = sum * square + (coefficients[i] * x + coefficients[i + 1]);
   return sum;
 }
 
-// 2^n for whole n whose power is a normal number.
 template <class T>
-inline Vector<T> power_of_two(Vector<T> n) {
-  using C = ActivationConstants<T>;
-  return reinterpret_cast<Vector<T>>((reinterpret_cast<Bits<T>>(n + C::kRound) + C::kBias)
-                                     << C::kMantissa);
-}
-
-template <class T>
-inline Vector<T> round_to_whole(Vector<T> x) {
-  return x + ActivationConstants<T>::kRound - ActivationConstants<T>::kRound;
+inline Bits<T> sign_bits(Vector<T> x) {
+  using I = typename IntegerOf<sizeof(T)>::type;
+  return reinterpret_cast<Bits<T>>(x) & std::numeric_limits<I>::min();
 }
 
 template <class T>
 inline Vector<T> magnitude(Vector<T> x) {
-  return x < 0 ? -x : x;
+  return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits<T>>(x) ^ sign_bits<T>(x));
 }
 
-// An exponential as (1 + p) * first * second: the powers of two one by one, for their product may
-// be too small for a normal number.
+// NaN stays NaN.
+template <class T>
+inline Vector<T> at_most(Vector<T> x, T limit) {
+  return x > limit ? broadcast(limit) : x;
+}
+template <class T>
+inline Vector<T> at_least(Vector<T> x, T limit) {
+  return x < limit ? broadcast(limit) : x;
+}
+
+// exp(a) * 2^kScale = scale + scale * p
 template <class T>
 struct Exponential {
-  Vector<T> p, first, second;
-  Vector<T> value() const { return (1 + p) * first * second; }
+  Vector<T> p, scale;
+  Vector<T> value() const { return scale + scale * p; }
+  Vector<T> minus_one() const { return (scale - 1) + scale * p; }
 };
 
-// exp(a + rest), a <= 0, rest much smaller than 1.
-template <class T>
-inline Exponential<T> exponential(Vector<T> a, Vector<T> rest) {
+// Of a, or of a + rest, where rest is much smaller than 1. 2^(n + kScale) is a normal number.
+template <int kScale, class T, class... Rest>
+inline Exponential<T> exponential(Vector<T> a, Rest... rest) {
   using C = ActivationConstants<T>;
-  a = a < C::kLeast ? broadcast(C::kLeast) : a;
-  const Vector<T> n = round_to_whole<T>((a + rest) * C::kLog2E), half = round_to_whole<T>(n / 2);
-  const Vector<T> r = a - n * C::kLn2High - n * C::kLn2Low + rest;
-  return {r + r * r * polynomial(C::kExp, r), power_of_two<T>(half), power_of_two<T>(n - half)};
+  const Vector<T> shifted = a * C::kLog2E + C::kRound, n = shifted - C::kRound;
+  const Vector<T> r = ((a - n * C::kLn2High - n * C::kLn2Low) + ... + rest);
+  return {r + r * r * polynomial(C::kExp, r),
+          reinterpret_cast<Vector<T>>((reinterpret_cast<Bits<T>>(shifted) + (C::kBias + kScale))
+                                      << C::kMantissa)};
+}
+
+// x * x - square, exactly, where `square` is x * x rounded.
+template <class T>
+inline Vector<T> rest_of_square(Vector<T> x, Vector<T> square) {
+#if DECONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_fmsub_ps(x, x, square);
+  if constexpr (sizeof(T) == 8) return _mm512_fmsub_pd(x, x, square);
+#elif DECONV_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return _mm256_fmsub_ps(x, x, square);
+  if constexpr (sizeof(T) == 8) return _mm256_fmsub_pd(x, x, square);
+#else
+  constexpr auto kHead = ActivationConstants<T>::kHead;
+  const Vector<T> head = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits<T>>(x) & kHead);
+  return (head * head - square) + (x - head) * (x + head);
+#endif
+}
+
+template <class T>
+constexpr T power_of_two(int n) {
+  return n == 0 ? T(1) : n < 0 ? power_of_two<T>(n + 1) / 2 : power_of_two<T>(n - 1) * 2;
 }
 
 template <class T>
 inline Vector<T> vector_sigmoid(Vector<T> x) {
-  const Vector<T> e = exponential<T>(-magnitude<T>(x), Vector<T>{}).value();
-  return (x < 0 ? e : broadcast(T(1))) / (1 + e);
+  using C = ActivationConstants<T>;
+  constexpr T kOne = power_of_two<T>(-C::kScale);
+  x = at_most<T>(at_least<T>(x, C::kZeroBelow), C::kOneAbove);
+  return kOne / (kOne + exponential<-C::kScale, T>(-x).value());
 }
 
 template <class T>
 inline Vector<T> vector_tanh(Vector<T> x) {
-  const Exponential<T> e = exponential<T>(-2 * magnitude<T>(x), Vector<T>{});
-  const Vector<T> scale = e.first * e.second, t = scale * e.p + (scale - 1);  // exp(-2|x|) - 1
-  // -t / (2 + t), or from about the middle on 1 - 2 (1 + t) / (2 + t), where no error of t matters
-  const Vector<T> far = t < T(-0.5) ? broadcast(T(1)) : Vector<T>{};
-  const Vector<T> quotient = (far > 0 ? -2 * e.value() : -t) / (2 + t), y = far + quotient;
-  return x < 0 ? -y : y;
+  const Vector<T> u = at_most<T>(magnitude<T>(x), ActivationConstants<T>::kFarTanh);
+  const Vector<T> e = exponential<0, T>(2 * u).minus_one(), y = e / (e + 2);
+  return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits<T>>(y) | sign_bits<T>(x));
 }
 
 template <class T>
 inline Vector<T> vector_gelu(Vector<T> x) {
   using C = ActivationConstants<T>;
-  Vector<T> u = magnitude<T>(x);
-  u = u > C::kFar ? broadcast(C::kFar) : u;
-  // The square of u in two parts, the first of them exact: exp would multiply its error.
-  const Vector<T> head = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits<T>>(u) & C::kHead);
-  const Exponential<T> e = exponential<T>(head * head * T(-0.5), (u - head) * (u + head) * T(-0.5));
-  const Vector<T> inverse = 1 / (u + C::kCentre), z = 1 - 2 * C::kCentre * inverse;
-  const Vector<T> tail = e.value() * (polynomial(C::kTail, z) * inverse);
-  return x > 0 ? x - u * tail : x * tail;
+  constexpr T kUnscaled = power_of_two<T>(-C::kTailScale);
+  const Vector<T> size = magnitude<T>(x), u = size > C::kFarTail ? Vector<T>{} : size;
+  // exp multiplies the error of its argument, so the square of u is in two parts.
+  const Vector<T> square = u * u, rest = rest_of_square<T>(u, square);
+  const Exponential<T> e = exponential<C::kTailScale, T>(square * T(-0.5), rest * T(-0.5));
+  const Vector<T> tail = e.value() * (u * polynomial(C::kTailA, u) / polynomial(C::kTailB, u));
+  // The tail is scaled back last, next to v: numbers below the normal ones are slow.
+  const Vector<T> positive = x > 0 ? broadcast(T(1)) : Vector<T>{};
+  return x * positive - tail * kUnscaled;
 }
 
 template <Activation kActivation, class T>
