@@ -55,7 +55,7 @@ def scaled_down(layer: Case) -> Case:
     """Its kernel, stride and kind of groups, with few channels and a small image. Of the largest
     kernel the height is enough."""
     groups = min(layer.groups, 3)
-    c_in, c_out = (groups * min(c // layer.groups, 18) for c in (layer.c_in, layer.c_out))
+    c_in, c_out = (groups * min(c // layer.groups, 10) for c in (layer.c_in, layer.c_out))
     image = {"batch": min(layer.batch, 2), "h": min(layer.h, 3), "w": min(layer.w, 5)}
     thinner = max(1, layer.kernel[0] * layer.kernel[1] // 256)
     size = {
@@ -101,7 +101,7 @@ def test_exact(op: str, algo: str) -> None:
                 continue
             assert_equal(got, results[op].to(got.dtype), (case, layout, fmt))
             accepted += 1
-            if accepted == 6:
+            if accepted == 4:
                 break
         total += accepted
     assert total
@@ -279,7 +279,10 @@ def test_sanitizers_find_nothing() -> None:
 import sys
 from pathlib import Path
 from emulator import EDGE, Emulator, check
-sys.exit(check(Emulator(Path({str(build(sanitize=True))!r})), cases=EDGE[::4]))
+names = ("dilation_2_stride_4", "depthwise", "odd_channels", "asymmetric_groups", "kernel_is_image")
+cases = [case for case in EDGE if case.name in names]
+assert len(cases) == len(names)
+sys.exit(check(Emulator(Path({str(build(sanitize=True))!r})), cases=cases))
 """
     done = sanitized(script)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

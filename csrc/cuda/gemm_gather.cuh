@@ -217,15 +217,13 @@ __device__ __forceinline__ void Gather<T, kProduct, kTile>::multiply(const Gathe
               kVectorBytes +
           (kRowsAcross ? Mma::offset_b(lane, kShape.rows) : Mma::offset_a(lane, kShape.rows));
 
-  const int begin_h = p.h.group[at.set_h], end_h = p.h.group[at.set_h + 1],
-            begin_w = p.w.group[at.set_w], end_w = p.w.group[at.set_w + 1],
-            groups_w = end_w - begin_w, groups = (end_h - begin_h) * groups_w,
-            split = static_cast<int>(blockIdx.y), begin = groups * split / p.splits,
-            end = groups * (split + 1) / p.splits;
-  for (int gh = begin_h; gh < end_h; ++gh)
-    for (int gw = begin_w; gw < end_w; ++gw) {
-      const int number = (gh - begin_h) * groups_w + gw - begin_w;
-      if (number < begin || number >= end) continue;
+  const int groups = (p.h.group[at.set_h + 1] - p.h.group[at.set_h]) *
+                     (p.w.group[at.set_w + 1] - p.w.group[at.set_w]),
+            split = static_cast<int>(blockIdx.y);
+  int before = groups * split / p.splits, left = groups * (split + 1) / p.splits - before;
+  for (int gh = p.h.group[at.set_h]; gh < p.h.group[at.set_h + 1]; ++gh)
+    for (int gw = p.w.group[at.set_w]; gw < p.w.group[at.set_w + 1]; ++gw) {
+      if (before-- > 0 || left-- <= 0) continue;
       const TapGroup& group_h = p.h.groups[gh];
       const TapGroup& group_w = p.w.groups[gw];
       const int first_h = group_h.tap[0], taps_h = group_h.tap[kMaxPhases] - first_h,
