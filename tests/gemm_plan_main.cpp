@@ -92,11 +92,12 @@ int main() {
       print_axis("w", plan.w);
     } else {
       const GatherPlan plan = plan_gather(which, p, static_cast<Product>(product), "", device);
-      std::printf("plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d\n",
-                  kGatherTiles[plan.tile].name, static_cast<long long>(plan.blocks),
-                  static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
-                  static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels,
-                  plan.source_buffers);
+      std::printf(
+          "plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d splits %d\n",
+          kGatherTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+          static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
+          static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.source_buffers,
+          plan.splits);
       print_axis("h", plan.h);
       print_axis("w", plan.w);
     }

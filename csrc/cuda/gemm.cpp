@@ -69,10 +69,10 @@ std::string run_gemm(Op op, const Params& params, const std::string& config,
   const Product product = product_of(params.dtype, context.allow_tf32);
   const GemmKernels& kernels = kernels_of(params.dtype, product);
   const Device device = current_device();
+  const size_t sum_bytes = product == kMma64 ? sizeof(double) : sizeof(float);
   const std::string how = std::string(" (") + kProducts[product].name + ")";
   if (op == Op::kGradWeight) {
     WeightPlan plan = plan_weight(params, product, config, device);
-    const size_t sum_bytes = product == kMma64 ? sizeof(double) : sizeof(float);
     plan.partial =
         context.workspace(static_cast<size_t>(plan.splits * plan.partial_elements()) * sum_bytes);
     kernels.weight(plan, context.stream);
@@ -82,6 +82,12 @@ std::string run_gemm(Op op, const Params& params, const std::string& config,
   plan.packed = context.workspace(static_cast<size_t>(plan.packed_vectors()) * kVectorBytes);
   const GatherTile& tile = kGatherTiles[plan.tile];
   kernels.pack(plan, tile.rows_across ? tile.warp_rows / 4 : 0, context.stream);
+  if (plan.splits > 1) {
+    const int64_t sums = plan.blocks * tile.threads() * tile.accumulators();
+    plan.partial = context.workspace(static_cast<size_t>(plan.splits * sums) * sum_bytes);
+    kernels.gather(plan, context.stream);
+    plan.combining = true;
+  }
   kernels.gather(plan, context.stream);
   return tile.name + how;
 }

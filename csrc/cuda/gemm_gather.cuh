@@ -15,6 +15,9 @@
 // A step is one row of the kernel times one chunk. Its copies are issued kGatherStages - 1 steps
 // ahead. A warp multiplies 16 x 16 tiles (mma.cuh); a tap is an address shift of the source.
 //
+// Where a sum is long, blocks (x, 0), (x, 1), ... of the grid split the groups of taps of tile x
+// and leave their sums in the workspace; a second launch adds them in that order and stores.
+//
 // Bytes moved: target once; source once a tile of rows and set of phases, halo included, mostly
 // from L2; weights once a tile of pixels, from L2.
 #pragma once
@@ -65,6 +68,7 @@ struct Gather {
   static constexpr int kStripsA = kRowsAcross ? kPixelStrips : kRowStrips;
   static constexpr int kStripsB = kRowsAcross ? kRowStrips : kPixelStrips;
   using Sums = Sum[kPhases][kStripsA][kStripsB][kAccumulators];
+  static constexpr int kSums = kShape.accumulators();
 
   // The weights of one row of the kernel, for all columns of the group and one chunk.
   __device__ static void stage_weights(const GatherPlan& p, const GatherPlace& at,
@@ -141,12 +145,42 @@ struct Gather {
             pixel & ((1 << t.log_w) - 1)};
   }
 
-  __device__ static void run(const GatherPlan& p);
+  // The sums of this thread in a split, kThreads apart.
+  __device__ static Sum* partial_sums(const GatherPlan& p, int split) {
+    const int64_t block = static_cast<int64_t>(split) * gridDim.x + blockIdx.x;
+    return static_cast<Sum*>(p.partial) + block * (kSums * kThreads) + threadIdx.x;
+  }
+
+  __device__ static void run(const GatherPlan& p) {
+    const GatherPlace at = gather_place(p, kShape.rows, blockIdx.x);
+    Sums sums;
+    Sum* const all = &sums[0][0][0][0];
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) all[i] = 0;
+    if (p.combining) {
+      for (int split = 0; split < p.splits; ++split) {
+        const Sum* const from = partial_sums(p, split);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) all[i] += from[i * kThreads];
+      }
+    } else {
+      multiply(p, at, sums);
+    }
+    if (p.combining || p.splits == 1) return store(p, at, sums);
+    Sum* const to = partial_sums(p, blockIdx.y);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) to[i * kThreads] = all[i];
+  }
+
+  __device__ static void multiply(const GatherPlan& p, const GatherPlace& at, Sums& sums);
   __device__ static void store(const GatherPlan& p, const GatherPlace& at, Sums& sums);
 };
 
+// The groups of taps of this block's split.
 template <class T, Product kProduct, int kTile>
-__device__ void Gather<T, kProduct, kTile>::run(const GatherPlan& p) {
+__device__ __forceinline__ void Gather<T, kProduct, kTile>::multiply(const GatherPlan& p,
+                                                                     const GatherPlace& at,
+                                                                     Sums& sums) {
   constexpr int kAddressesPixel = kRowsAcross ? Mma::kAddressesA : Mma::kAddressesB;
   constexpr int kAddressesRow = kRowsAcross ? Mma::kAddressesB : Mma::kAddressesA;
   unsigned char* shared = shared_memory<unsigned char>();
@@ -156,7 +190,6 @@ __device__ void Gather<T, kProduct, kTile>::run(const GatherPlan& p) {
       s_weights + kGatherStages * p.step_vectors * kShape.rows * kVectorBytes;
   const int weight_bytes = p.step_vectors * kShape.rows * kVectorBytes;
   const int source_bytes = p.staged.pitch * kVectorBytes << p.log_chunk;
-  const GatherPlace at = gather_place(p, kShape.rows, blockIdx.x);
   const int row_pitch = p.staged.planes_w * p.staged.extent_w;  // pixels of a staged row
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -184,13 +217,13 @@ __device__ void Gather<T, kProduct, kTile>::run(const GatherPlan& p) {
               kVectorBytes +
           (kRowsAcross ? Mma::offset_b(lane, kShape.rows) : Mma::offset_a(lane, kShape.rows));
 
-  Sums sums;
-#pragma unroll
-  for (int i = 0; i < kPhases * kStripsA * kStripsB * kAccumulators; ++i)
-    (&sums[0][0][0][0])[i] = 0;
-
+  const int groups = (p.h.group[at.set_h + 1] - p.h.group[at.set_h]) *
+                     (p.w.group[at.set_w + 1] - p.w.group[at.set_w]),
+            split = static_cast<int>(blockIdx.y);
+  int before = groups * split / p.splits, left = groups * (split + 1) / p.splits - before;
   for (int gh = p.h.group[at.set_h]; gh < p.h.group[at.set_h + 1]; ++gh)
     for (int gw = p.w.group[at.set_w]; gw < p.w.group[at.set_w + 1]; ++gw) {
+      if (before-- > 0 || left-- <= 0) continue;
       const TapGroup& group_h = p.h.groups[gh];
       const TapGroup& group_w = p.w.groups[gw];
       const int first_h = group_h.tap[0], taps_h = group_h.tap[kMaxPhases] - first_h,
@@ -236,7 +269,6 @@ __device__ void Gather<T, kProduct, kTile>::run(const GatherPlan& p) {
       }
     }
   copy_async_wait<0>();
-  store(p, at, sums);
 }
 
 template <class T, Product kProduct, int kTile>

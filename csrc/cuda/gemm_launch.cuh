@@ -44,8 +44,10 @@ void launch_gather(const GatherPlan& p, void* stream) {
   if constexpr (kTile < kGatherTileCount) {
     if (p.tile != kTile) return launch_gather<T, kProduct, kTile + 1>(p, stream);
     if constexpr ((kProducts[kProduct].gather_tiles >> kTile & 1) != 0)
-      launch(gather_kernel<T, kProduct, kTile>, dim3(static_cast<unsigned>(p.blocks)),
-             dim3(kGatherTiles[kTile].threads()), p.shared_bytes, stream, p, "gemm_gather");
+      launch(gather_kernel<T, kProduct, kTile>,
+             dim3(static_cast<unsigned>(p.blocks), p.combining ? 1 : p.splits),
+             dim3(kGatherTiles[kTile].threads()), p.combining ? 0 : p.shared_bytes, stream, p,
+             p.combining ? "gemm_combine" : "gemm_gather");
   }
 }
 

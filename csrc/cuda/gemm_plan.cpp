@@ -148,8 +148,9 @@ namespace {
 
 GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_index) {
   const GatherTile& tile = kGatherTiles[tile_index];
-  GatherPlan p =
-      describe_gather(op, params, kProducts[product].element_bytes, tile.rows, tile.phases);
+  const int element_bytes = kProducts[product].element_bytes;
+  const int64_t vector = kVectorBytes / element_bytes;
+  GatherPlan p = describe_gather(op, params, element_bytes, tile.rows, tile.phases);
   p.tile = tile_index;
   cut_pixels(p.h, p.w, params.problem.batch, log2_up(tile.pixels), &p.tiling, &p.staged);
   const int chunk = 1 << p.log_chunk;
@@ -157,6 +158,11 @@ GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_in
   // Steps t to t + kGatherStages - 1 are in flight, fewest_group_taps of them share a chunk.
   p.source_buffers = std::max(
       1, std::min((kGatherStages - 2) / std::max(1, fewest_group_taps(p.h)) + 2, p.chunks));
+  const int64_t sets = std::max(1, p.h.sets * p.w.sets);
+  const int64_t terms = p.vectors * vector * p.h.taps * p.w.taps / sets,
+                groups = p.h.group[p.h.sets] * p.w.group[p.w.sets] / sets;
+  p.splits =
+      static_cast<int32_t>(std::max<int64_t>(1, std::min(ceil_div(terms, kMostTerms), groups)));
   p.blocks = p.tiles();
   p.shared_bytes =
       round_up(p.staged.pixels * 8, kVectorBytes) +
@@ -258,8 +264,8 @@ AxisTable make_axis_table(const AxisTaps& taps, int phases, int max_group_taps) 
   const int classes = static_cast<int>(taps.classes.size());
   int groups = 0;
   for (int first = 0; first < classes; first += phases) {
-    t.phase[t.sets] = static_cast<int16_t>(taps.classes[first].first_phase);
-    t.group[t.sets] = static_cast<int16_t>(groups);
+    t.phase[t.sets] = static_cast<int8_t>(taps.classes[first].first_phase);
+    t.group[t.sets] = static_cast<int8_t>(groups);
     std::vector<SetTap> list;
     for (int c = first; c < std::min(first + phases, classes); ++c)
       for (size_t i = 0; i < taps.classes[c].offsets.size(); ++i)
@@ -285,14 +291,14 @@ AxisTable make_axis_table(const AxisTaps& taps, int phases, int max_group_taps) 
         const int plane = g.planes - 1;
         for (; end < same; ++end) list[end].offset -= g.base[plane], list[end].k |= plane << 16;
       }
-      int16_t at = t.taps;
+      int8_t at = static_cast<int8_t>(t.taps);
       for (int phase = 0; phase < kMaxPhases; ++phase) {
         g.tap[phase] = at;
         for (size_t i = begin; i < end; ++i) {
           if (list[i].phase != phase) continue;
-          t.k[at] = static_cast<int16_t>(list[i].k & 0xffff);
-          t.plane[at] = static_cast<int16_t>(list[i].k >> 16);
-          t.step[at] = static_cast<int16_t>(list[i].offset / t.source_step);
+          t.k[at] = static_cast<int8_t>(list[i].k & 0xffff);
+          t.plane[at] = static_cast<int8_t>(list[i].k >> 16);
+          t.step[at] = static_cast<int8_t>(list[i].offset / t.source_step);
           t.span = std::max<int32_t>(t.span, t.step[at]);
           ++at;
         }
@@ -304,8 +310,8 @@ AxisTable make_axis_table(const AxisTaps& taps, int phases, int max_group_taps) 
     }
     ++t.sets;
     t.phase[t.sets] =
-        static_cast<int16_t>(taps.classes[std::min(first + phases, classes) - 1].first_phase + 1);
-    t.group[t.sets] = static_cast<int16_t>(groups);
+        static_cast<int8_t>(taps.classes[std::min(first + phases, classes) - 1].first_phase + 1);
+    t.group[t.sets] = static_cast<int8_t>(groups);
   }
   return t;
 }
@@ -314,9 +320,9 @@ const char* decline_gemm(Op op, const Params& params) {
   const Problem& q = params.problem;
   if (params.dtype == Dtype::kInt64) return "integers have no matrix kernel";
   for (const Axis* axis : {&q.h, &q.w}) {
-    static_assert(kMaxTaps == 32, "see the message");
+    static_assert(kMaxTaps == 64, "see the message");
     if (axis->kernel > kMaxTaps || axis->stride > kMaxTaps)
-      return "kernel and stride may be at most 32";
+      return "kernel and stride may be at most 64";
     if (axis->pad + axis->dilation * axis->kernel > 8192)
       return "padding and dilation * kernel may be at most 8192";
     if (std::max(axis->in, axis->out) > (1 << 24)) return "an axis is longer than 2^24";
@@ -357,7 +363,8 @@ GatherPlan plan_gather(Op op, const Params& params, Product product, const std::
     // Rounds of one block a multiprocessor; of a block, multiply-adds and copies a channel.
     const double taps =
         static_cast<double>(plan.h.taps * plan.w.taps) / std::max(1, plan.h.sets * plan.w.sets);
-    const double cost = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) *
+    const int64_t blocks = plan.blocks * plan.splits;
+    const double cost = static_cast<double>(ceil_div(blocks, device.multiprocessors)) *
                         (tile.rows * tile.pixels * taps / tile.rate +
                          kStagingCost * (plan.staged.pixels + tile.rows * taps));
     if (cost < best_cost) best_cost = cost, best = plan;

@@ -15,8 +15,8 @@
 // for every tap, displaced by one number.
 //
 // Taps of an axis are cut into *groups* that share a staged tile: at most kMaxPlanes planes, each
-// spanning at most kMaxSpan positions. Order of summation: group, chunk of channels, row of the
-// kernel, column of the kernel, channel. It depends on the geometry of one image and on whether
+// spanning at most kMaxSpan positions. Order of summation: split, group, chunk of channels, row of
+// the kernel, column of the kernel, channel. It depends on the geometry of one image and on whether
 // phases share a thread, never on the batch or the tile.
 #pragma once
 
@@ -28,26 +28,30 @@
 namespace deconv {
 namespace cuda {
 
-constexpr int kMaxTaps = 32;  // of an axis: kernel and stride; more is left to other algorithms
+constexpr int kMaxTaps = 64;  // of an axis: kernel and stride; more is left to other algorithms
 constexpr int kMaxPlanes = 2;
 constexpr int kMaxSpan = 8;
 constexpr int kMaxPhases = 4;
+// Of a sum, channels times taps, that one block adds up; the groups of taps of longer ones are
+// split among several. Only large kernels have such sums (21 channels, 64x64: 2^16.4), and images
+// too small to give every multiprocessor a block without.
+constexpr int64_t kMostTerms = 1 << 14;
 
 struct TapGroup {
   int32_t base[kMaxPlanes];  // source offset where each plane begins
-  int16_t planes;
-  int16_t tap[kMaxPhases + 1];  // taps of the q-th phase of the set: [tap[q], tap[q + 1])
+  int8_t planes;
+  int8_t tap[kMaxPhases + 1];  // taps of the q-th phase of the set: [tap[q], tap[q + 1])
 };
 
 // One axis. Phases stand in ascending order in *sets* that a block computes together.
 struct AxisTable {
   int32_t source, target, source_step, target_step, positions;
   int32_t sets, taps;
-  int32_t planes, span;         // the most of any group: extents of the staged tile
-  int16_t phase[kMaxTaps + 1];  // phases of set s: [phase[s], phase[s + 1])
-  int16_t group[kMaxTaps + 1];  // groups of set s: [group[s], group[s + 1])
+  int32_t planes, span;        // the most of any group: extents of the staged tile
+  int8_t phase[kMaxTaps + 1];  // phases of set s: [phase[s], phase[s + 1])
+  int8_t group[kMaxTaps + 1];  // groups of set s: [group[s], group[s + 1])
   TapGroup groups[kMaxTaps];
-  int16_t k[kMaxTaps], plane[kMaxTaps], step[kMaxTaps];  // of a tap: kernel index, place in a plane
+  int8_t k[kMaxTaps], plane[kMaxTaps], step[kMaxTaps];  // of a tap: kernel index, place in a plane
 };
 
 AxisTable make_axis_table(const AxisTaps& taps, int phases, int max_group_taps);
@@ -84,6 +88,9 @@ struct GatherPlan {
   int32_t groups, rows, rows_padded, row_tiles;
   int32_t vectors, log_chunk, chunks;  // vectors of channels; of them 1 << log_chunk are a chunk
   int32_t step_vectors, source_buffers;
+  int32_t splits;  // blocks of a tile, each with its share of the groups of taps
+  bool combining;  // they are done: their sums are added and stored
+  void* partial;   // [split][tile][sum of a thread][thread]; null without splits
   PixelTiling tiling;
   StagedTile staged;
   AxisTable h, w;

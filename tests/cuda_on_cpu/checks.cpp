@@ -20,7 +20,7 @@ constexpr size_t kGap = 256;
 
 constexpr int kNobody = -1, kSeveral = -2;
 
-// Accesses are followed by pairs of bytes, the smallest elements of kernels: each stands for two.
+// Accesses are followed by pairs of bytes, the smallest elements of kernels.
 constexpr size_t kPair = 2;
 
 // Of a byte of global memory: who wrote it last.
@@ -40,8 +40,8 @@ struct Tensor {
   std::vector<GlobalByte> shadow;  // none for an input
 };
 
-// Of a byte of shared memory: its last writer and readers, and when.
-struct SharedByte {
+// Of a pair of bytes of shared memory: its last writer and readers, and when.
+struct SharedPair {
   int16_t writer = kNobody, reader = kNobody, reader_warp = kNobody;
   bool initialised = false, in_flight = false;
   bool by_engine = false;   // written by the copy engine, else by the generic proxy
@@ -50,7 +50,7 @@ struct SharedByte {
 };
 
 std::vector<std::unique_ptr<Tensor>> tensors;
-std::vector<SharedByte> shared_shadow;
+std::vector<SharedPair> shared_shadow;  // [pair]
 
 // Of 16 bytes of shared memory and a warp, in a block that uses `Clocks`: its reads since.
 struct Reads {
@@ -175,7 +175,7 @@ void note_reads(int thread, size_t at, size_t bytes) {
   }
 }
 
-void check_not_read(int thread, Site site, const SharedByte& b, size_t at) {
+void check_not_read(int thread, Site site, const SharedPair& b, size_t at) {
   if (clocks.on) return;  // check_reads has
   if (b.reader == kNobody || b.reader == thread ||
       ordered_after(thread, b.reader_warp, b.read_epoch, b.read_warp_epoch))
@@ -187,7 +187,7 @@ void check_not_read(int thread, Site site, const SharedByte& b, size_t at) {
        b.reader);
 }
 
-void check_not_written(int thread, Site site, const SharedByte& b, size_t at, Access access) {
+void check_not_written(int thread, Site site, const SharedPair& b, size_t at, Access access) {
   if (b.writer == kNobody || b.writer == thread ||
       ordered_after(thread, b.writer / kWarp, b.write_epoch, b.write_warp_epoch) ||
       (clocks.on && clocks.seen_by(thread)[b.writer] > b.write_time))
@@ -200,13 +200,26 @@ void check_not_written(int thread, Site site, const SharedByte& b, size_t at, Ac
        verb(access), at, b.writer);
 }
 
+// Calls update(pair, byte) for the pairs of an access; neighbours of one history, as those of a
+// vector mostly are, have one future.
+template <class Update>
+void for_pairs(size_t at, size_t bytes, const Update& update) {
+  const size_t end = (at + bytes + kPair - 1) / kPair;
+  for (size_t i = at / kPair; i < end;) {
+    const SharedPair before = shared_shadow[i];
+    update(shared_shadow[i], i * kPair);
+    const SharedPair after = shared_shadow[i];
+    for (++i; i < end && std::memcmp(&shared_shadow[i], &before, sizeof(before)) == 0; ++i)
+      shared_shadow[i] = after;
+  }
+}
+
 void check_shared(int thread, Site site, size_t at, size_t bytes, Access access) {
   if (access == Access::kWrite) check_reads(thread, site, at, bytes);
   if (access == Access::kRead) note_reads(thread, at, bytes);
   const int16_t warp = static_cast<int16_t>(thread / kWarp), me = static_cast<int16_t>(thread);
   const uint32_t warp_epoch = machine.warp_epoch[static_cast<size_t>(warp)];
-  for (size_t i = at / kPair * kPair; i < at + bytes; i += kPair) {
-    SharedByte& b = shared_shadow[i];
+  for_pairs(at, bytes, [&](SharedPair& b, size_t i) {
     if (b.in_flight)
       fail(thread, site, "%s byte %zu of shared memory, whose asynchronous copy is in flight",
            verb(access), i);
@@ -229,7 +242,7 @@ void check_shared(int thread, Site site, size_t at, size_t bytes, Access access)
       b.read_epoch = machine.epoch;
       b.read_warp_epoch = warp_epoch;
     }
-  }
+  });
 }
 
 bool in_shared(const void* address) {
@@ -285,7 +298,7 @@ void reset_shared() {
     ASAN_POISON_MEMORY_REGION(machine.shared + machine.shared_bytes, kGap);
   }
   std::memset(machine.shared, 0xff, machine.shared_bytes);
-  shared_shadow.assign(machine.shared_bytes, SharedByte{});
+  shared_shadow.assign((machine.shared_bytes + kPair - 1) / kPair, SharedPair{});
   shared_reads.clear();
 }
 
@@ -317,29 +330,25 @@ void check_copy_issued(int thread, Site site, void* to, size_t bytes) {
   if (!in_shared(to) || shared_offset(to) + bytes > machine.shared_bytes)
     fail(thread, site, "out of bounds: copies %zu bytes %s", bytes, nearest(to).c_str());
   check_reads(thread, site, shared_offset(to), bytes);
-  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; ++i) {
-    SharedByte& b = shared_shadow[i];
+  for_pairs(shared_offset(to), bytes, [&](SharedPair& b, size_t i) {
     if (b.in_flight)
       fail(thread, site, "copies to byte %zu of shared memory, where another copy is in flight", i);
     check_not_written(thread, site, b, i, Access::kWrite);
     check_not_read(thread, site, b, i);
     b.in_flight = true;
     b.initialised = false;
-  }
+  });
   std::memset(to, 0xff, bytes);
   if (machine.counting) count_access(thread, site, to, bytes, Access::kWrite, nullptr);
 }
 
 void check_copy_arrived(int thread, Site site, void* to, size_t bytes) {
   const size_t at = shared_offset(to);
-  for (size_t i = at; i < at + bytes; ++i) shared_shadow[i].in_flight = false;
+  for_pairs(at, bytes, [](SharedPair& b, size_t) { b.in_flight = false; });
   check_shared(thread, site, at, bytes, Access::kWrite);
 }
 
 // ---- the asynchronous proxy ---------------------------------------------------------------------
-
-// Copies and products take multiples of 16 bytes; threads write elements of two and more, so every
-// other byte is looked at.
 
 void start_reads() {
   const size_t warps = (machine.threads.size() + kWarp - 1) / kWarp;
@@ -347,18 +356,16 @@ void start_reads() {
 }
 
 void check_bulk_issued(int thread, Site site, void* to, size_t bytes) {
-  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; i += 2) {
-    const SharedByte& b = shared_shadow[i];
+  for_pairs(shared_offset(to), bytes, [&](const SharedPair& b, size_t i) {
     if (b.writer != kNobody && !b.by_engine && clocks.fenced_by(thread)[b.writer] <= b.write_time)
       fail(thread, site, "copies to byte %zu of shared memory, written without a proxy fence since",
            i);
-  }
+  });
   check_copy_issued(thread, site, to, bytes);
 }
 
 void check_bulk_arrived(void* to, size_t bytes, int barrier) {
-  for (size_t i = shared_offset(to); i < shared_offset(to) + bytes; ++i) {
-    SharedByte& b = shared_shadow[i];
+  for_pairs(shared_offset(to), bytes, [&](SharedPair& b, size_t) {
     b.in_flight = false;
     b.initialised = true;
     b.by_engine = true;
@@ -366,21 +373,20 @@ void check_bulk_arrived(void* to, size_t bytes, int barrier) {
     b.reader = kNobody;
     b.write_time = clocks.time;
     b.write_epoch = machine.epoch;
-  }
+  });
 }
 
 void check_product_reads(int warp, int warps, Site site, const void* from, const uint32_t* seen,
                          const uint32_t* fenced) {
   const size_t at = shared_offset(from);
   const int thread = warp * kWarp;
-  for (size_t i = at; i < at + kGranule; i += 2) {
-    const SharedByte& b = shared_shadow[i];
+  for_pairs(at, kGranule, [&](const SharedPair& b, size_t i) {
     if (b.in_flight)
       fail(thread, site,
            "multiplies byte %zu of shared memory, whose asynchronous copy is in flight", i);
     if (!b.initialised && kPlainAccessesSeen)
       fail(thread, site, "multiplies byte %zu of shared memory, which is uninitialised", i);
-    if (b.writer == kNobody) continue;
+    if (b.writer == kNobody) return;
     if (seen[b.writer] <= b.write_time && b.by_engine)
       fail(thread, site,
            "race: multiplies byte %zu of shared memory, whose bulk copy this warpgroup has not "
@@ -392,7 +398,7 @@ void check_product_reads(int warp, int warps, Site site, const void* from, const
            "multiplies byte %zu of shared memory, which thread %d has written, without a barrier "
            "and a proxy fence in between",
            i, b.writer);
-  }
+  });
   for (int i = warp; i < warp + warps; ++i) ++reads_of(at, static_cast<size_t>(i)).products;
 }
 

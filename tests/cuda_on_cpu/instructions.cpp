@@ -182,7 +182,13 @@ struct Fragments {
 // [rows][depth], B is [depth][8], with as many elements a lane as that takes.
 template <class Element, class Sum, int rows, int depth, class Layout>
 void multiply(void* const* lanes) {
-  Sum a[rows][depth], b[depth][8];
+  Sum a[rows][depth], b[depth][8], c[rows][8];
+  const auto for_sums = [&](const auto& visit) {  // each of a lane, and where it lies in C
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int i = 0; i < rows * 8 / kWarp; ++i)
+        visit(static_cast<Sum*>(static_cast<const Fragments*>(lanes[lane])->c)[i],
+              c[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
+  };
   for (int lane = 0; lane < kWarp; ++lane) {
     const Fragments& f = *static_cast<const Fragments*>(lanes[lane]);
     const Element* fa = static_cast<const Element*>(f.a);
@@ -192,13 +198,11 @@ void multiply(void* const* lanes) {
     for (int i = 0; i < depth * 8 / kWarp; ++i)
       b[Layout::b_row(lane, i)][lane / 4] = Layout::value(fb[i]);
   }
-  for (int lane = 0; lane < kWarp; ++lane) {
-    Sum* c = static_cast<Sum*>(static_cast<const Fragments*>(lanes[lane])->c);
-    for (int i = 0; i < rows * 8 / kWarp; ++i) {
-      const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < depth; ++k) c[i] += a[row][k] * b[k][column];
-    }
-  }
+  for_sums([](const Sum& of_lane, Sum& sum) { sum = of_lane; });
+  for (int row = 0; row < rows; ++row)
+    for (int k = 0; k < depth; ++k)
+      for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+  for_sums([](Sum& of_lane, const Sum& sum) { of_lane = sum; });
 }
 
 // m16n8k16: a0..a7 and b0..b3 of 16 bits.

@@ -39,6 +39,7 @@ struct PendingSums {
 struct Thread {
   void* stack_pointer;
   char* stack;
+  unsigned index[3];  // threadIdx
   State state;
   Site site;                              // of the barrier or collective it waits at
   int line;                               // of the barrier

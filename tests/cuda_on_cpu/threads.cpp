@@ -126,6 +126,9 @@ void start(Thread& thread, size_t index) {
   thread.stack = stack_of(index);
   forget_frames(thread.stack);
   thread.state = State::kReady;
+  const unsigned i = static_cast<unsigned>(index), x = emulated_block_size.x,
+                 y = emulated_block_size.y;
+  thread.index[0] = i % x, thread.index[1] = i / x % y, thread.index[2] = i / x / y;
   void** top = reinterpret_cast<void**>(thread.stack + kStackBytes);
   *--top = nullptr;  // the return address of enter(), which does not return
   *--top = reinterpret_cast<void*>(enter);
@@ -135,9 +138,7 @@ void start(Thread& thread, size_t index) {
 
 void resume(int index) {
   Thread& thread = machine.threads[static_cast<size_t>(index)];
-  const unsigned i = static_cast<unsigned>(index), x = emulated_block_size.x,
-                 y = emulated_block_size.y;
-  emulated_thread = {i % x, i / x % y, i / x / y};
+  emulated_thread = {thread.index[0], thread.index[1], thread.index[2]};
   machine.thread = index;
   machine.on_thread = true;
   machine.stack = thread.stack;
