@@ -246,9 +246,9 @@ def networks(options: argparse.Namespace) -> list[common.Run]:
     """The plain variant with all operators, the others with the first one: with --quick the next
     one alone, with --penalty none."""
     plain, *others = VARIANTS
+    others = [] if options.penalty else others[:1] if options.quick else others
     chosen = [(plain, operator) for operator in options.operators]
-    if not options.penalty:
-        chosen += [(variant, options.operators[0]) for variant in others[: 1 if options.quick else 3]]
+    chosen += [(variant, options.operators[0]) for variant in others]
     runs = []
     for variant, operator in chosen:
         torch.manual_seed(options.seed)
