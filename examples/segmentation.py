@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--init", choices=["default", "bilinear"], default="default", help="of the heads of fcn"
     )
-    options = common.parse(parser, argv, steps=600, quick_steps=60)
+    options = common.parse(parser, argv, steps=600, quick_steps=120)
     if options.init == "bilinear" and options.network != "fcn":
         parser.error("--init bilinear is for the heads of --network fcn: scores of the classes")
     device = options.device
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     nothing = float(iou(torch.zeros_like(truth), truth).mean())
     common.train(
         runs,
-        batches(train, BATCH // 2 if options.quick else BATCH, options.seed, device),
+        batches(train, BATCH // 4 if options.quick else BATCH, options.seed, device),
         options.steps,
     )
 

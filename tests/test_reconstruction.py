@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from project import ROOT
 
 #: dB above the input that the quick mode must reach, with margin: what it does is about twice that.
-GAINS = {"x2": 0.15, "x3": 0.08, "deblurring": 0.6}
+GAINS = {"x2": 0.1, "x3": 0.05, "deblurring": 0.3}
 
 
 def is_picture(path: Path) -> bool:
