@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     nothing = float(iou(torch.zeros_like(truth), truth).mean())
     common.train(
         runs,
-        batches(train, BATCH // 4 if options.quick else BATCH, options.seed, device),
+        batches(train, BATCH // 2 if options.quick else BATCH, options.seed, device),
         options.steps,
     )
 
