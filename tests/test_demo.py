@@ -54,8 +54,6 @@ def test_a_wrong_conversion_fails(
         return "spoiled"
 
     monkeypatch.setattr(deconv_ext, "convert", spoil)
-    page = {"page": text_detection["photographs"]()["page"]}  # one shows it as well as all
-    monkeypatch.setitem(text_detection["find_boxes"].__globals__, "photographs", lambda: page)
     assert text_detection["main"](["--output", str(tmp_path), "--repeats", "1"]) == 1
 
 
