@@ -77,6 +77,8 @@ def test_without_isolation_the_binary_is_installed_until_sources_change(
     assert out.startswith("[1, ") and str(environment.package) in out and err == ""
     info, _ = environment.run("-c", "import deconv_ext as d; print(d.build_info()['built'])")
     assert info == "aot"
+    built, err = environment.run("-m", "deconv_ext", "build")
+    assert built == str(environment.package / BINARY[0]) and err == "", "there is nothing to build"
 
     (environment.package / "csrc/answer.h").write_text("constexpr int kAnswer = 2;\n")
     out, err = environment.run("-c", LOAD)

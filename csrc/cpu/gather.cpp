@@ -123,11 +123,12 @@ struct Layout {
 };
 
 // A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
-// piece; far elements lie in lines of their own.
-constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4;
+// piece; far elements lie in lines of their own. Each tap begins anew with each row of the source.
+constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
+                 kRow = 50;
 
-// A vector that crosses cache lines is loaded twice; other loads of the step hide most of it.
-constexpr double kUnaligned = 1.03;
+// Flat pixels: a vector that crosses cache lines is loaded twice, and channels lie strewn.
+constexpr double kUnaligned = 1.18;
 
 // What flat packing would be like.
 struct Flat {
@@ -138,15 +139,18 @@ struct Flat {
 };
 
 Flat flat_images(const GatherPlan& plan, int64_t element_bytes) {
-  const int64_t halo_h = GatherPlan::halo(plan.offsets_h),
-                halo_w = GatherPlan::halo(plan.offsets_w);
+  const int64_t halo_h = GatherPlan::halo(plan.offsets_h, plan.h.source_step),
+                halo_w = GatherPlan::halo(plan.offsets_w, plan.w.source_step);
   const int64_t shift = halo_h * (plan.w.positions + halo_w) + halo_w;
   // Pixels that fit the panel, halo included.
-  const int64_t room =
-      kPanelBytes / element_bytes / std::clamp<int64_t>(plan.channels, 1, kLeastChannels);
-  // A step would need an image for each residue; measured, that gains nothing over planes.
-  if (plan.h.source_step != 1 || plan.w.source_step != 1 || plan.source.stride[3] != 1 ||
-      plan.offsets() < 2 || plan.h.positions == 0 || plan.w.positions == 0 || 2 * shift > room)
+  const int64_t room = kPanelBytes / element_bytes / plan.residues() /
+                       std::clamp<int64_t>(plan.channels, 1, kLeastChannels);
+  // Each residue must be some tap's, and some of them two taps'.
+  const bool shared = static_cast<int64_t>(plan.offsets_h.size()) >= plan.h.source_step &&
+                      static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
+                      plan.offsets() > plan.residues();
+  if (!shared || plan.source.stride[3] != 1 || plan.h.positions == 0 || plan.w.positions == 0 ||
+      2 * shift > room)
     return {};
   const auto padded = [](int64_t positions, int64_t halo) {
     return static_cast<double>(positions + halo) / static_cast<double>(positions);
@@ -206,15 +210,20 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       } else {
         // Contiguous runs end with the row. A step makes residues of it first, which all taps
         // share.
-        const double run = kRun / static_cast<double>(plan.w.positions);
+        const double row = kRow / static_cast<double>(plan.w.positions);
         const double residues = plan.w.source_step == 1 ? 0.0 : 3.0;
         const double far = plan.source.stride[3] < 16 ? kElement : kFarElement;
         pack = offsets * channels *
-               (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + run : far);
+               (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + row : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
-        if (padded.possible) {
+        // With a step, rows that hold a tile are better off: most of their tiles are written where
+        // the result lies, and a tap begins anew less often.
+        const bool narrow = plan.w.positions < pixel_width;
+        if (padded.possible && (plan.residues() == 1 || narrow)) {
           const double once =
-              channels * padded.waste * padded.copies * (kVectorCopied / lanes + run);
+              channels * padded.waste * padded.copies * static_cast<double>(plan.h.source_step) *
+              (static_cast<double>(plan.w.source_step) * (1 + residues) * kVectorCopied / lanes +
+               row);
           flat = padded.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
           if (flat) {
             multiply *= padded.waste * kUnaligned;
@@ -246,11 +255,12 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
 
   // Which panel it is does not matter to the order of summation.
   const Flat images = flat_images(plan, element_bytes);
-  plan.flat = plan.flat && !plan.batch_innermost && plan.offset_block == offsets &&
-              plan.channel_block * (images.shift + kBlockPixels) <= panel_elements;
+  plan.flat =
+      plan.flat && !plan.batch_innermost && plan.offset_block == offsets &&
+      plan.channel_block * plan.residues() * (images.shift + kBlockPixels) <= panel_elements;
   if (plan.flat) {
-    plan.h.positions += GatherPlan::halo(plan.offsets_h);
-    plan.w.positions += GatherPlan::halo(plan.offsets_w);
+    plan.h.positions += GatherPlan::halo(plan.offsets_h, plan.h.source_step);
+    plan.w.positions += GatherPlan::halo(plan.offsets_w, plan.w.source_step);
   }
 
   const int64_t positions = plan.h.positions * plan.w.positions;
@@ -269,7 +279,7 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   const double packed = static_cast<double>(plan.channel_block * plan.offset_block) *
                         (plan.batch_innermost ? plan.valid_fraction : 1.0);
   const int64_t fitting =
-      plan.flat ? panel_elements / plan.channel_block - images.shift
+      plan.flat ? panel_elements / (plan.channel_block * plan.residues()) - images.shift
                 : std::min(kMaxBlockPixels,
                            static_cast<int64_t>(static_cast<double>(panel_elements) / packed));
   const int64_t block_pixels = std::min({share, fitting, sum_elements / least_rows});
@@ -296,15 +306,23 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
 // The images of a flat panel, and where its taps are.
 void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
   constexpr int64_t kLine = 64, kSet = 4096;
-  const int64_t pitch = plan.w.positions;
-  for (int64_t h : plan.offsets_h)
-    for (int64_t w : plan.offsets_w)
-      plan.flat_at.push_back((h - plan.offsets_h.front()) * pitch + (w - plan.offsets_w.front()));
+  const int64_t pitch = plan.w.positions, step_h = plan.h.source_step, step_w = plan.w.source_step;
+  plan.flat_reach =
+      GatherPlan::halo(plan.offsets_h, step_h) * pitch + GatherPlan::halo(plan.offsets_w, step_w);
   // The last vector may reach beyond its image.
-  plan.flat_channel =
-      round_up(plan.block_tiles * plan.pixel_width + plan.flat_at.back() + kLine, kLine);
+  plan.flat_residue =
+      round_up(plan.block_tiles * plan.pixel_width + plan.flat_reach + kLine, kLine);
+  plan.flat_channel = plan.residues() * plan.flat_residue;
   // Channels 4096 bytes apart would compete for one set of the L1 cache.
   if (plan.flat_channel * element_bytes % kSet == 0) plan.flat_channel += kLine / element_bytes;
+  const int64_t first_h = floor_div(plan.offsets_h.front(), step_h),
+                first_w = floor_div(plan.offsets_w.front(), step_w);
+  for (int64_t h : plan.offsets_h)
+    for (int64_t w : plan.offsets_w) {
+      const int64_t jh = floor_div(h, step_h), jw = floor_div(w, step_w);
+      const int64_t residue = (h - jh * step_h) * step_w + w - jw * step_w;
+      plan.flat_at.push_back(residue * plan.flat_residue + (jh - first_h) * pitch + jw - first_w);
+    }
 }
 
 // Whether tiles may be read where they are. `stored_bytes` is the size of an element in memory.

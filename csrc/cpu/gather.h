@@ -1,10 +1,9 @@
 // forward and grad_input as one gather, and the plan by which the matrix kernel (gather_gemm.h)
 // computes it.
 //
-//     target[n, row, j * target_step + r] = bias[row] + sum over channels c, taps (k, offset) of
-//     phase r of
-//                                           source[n, c, j * source_step + offset] * weight[c, row,
-//                                           k]
+//     target[n, row, j * target_step + r] =
+//         bias[row] + sum over channels c and taps (k, offset) of phase r of
+//                     source[n, c, j * source_step + offset] * weight[c, row, k]
 //
 //                   source   target   channels              rows
 //     forward       x        y        c_in / groups         c_out / groups
@@ -71,11 +70,14 @@ struct GatherPlan {
   bool batch_innermost;   // a tile is one position of consecutive images, so that it skips its
                           // invalid taps; else pixels are numbered image by image
   double valid_fraction;  // of the taps, over all positions: the others read padding
-  // Pixels are packed once for all taps, as zero-padded images that lie row after row ("flat"): a
-  // tap is then a constant distance. Positions are padded likewise, so that pixel p of the panel is
-  // position p; targets of the padding lie outside.
+  // Pixels are packed once for all taps, as zero-padded images that lie row after row, one for each
+  // residue modulo the steps of the source ("flat"): a tap is then a constant distance. Positions
+  // are padded likewise, so that pixel p of an image is position p; targets of the padding lie
+  // outside.
   bool flat;
   int64_t flat_channel;          // elements from one channel to the next
+  int64_t flat_residue;          // and from one residue of a channel to the next
+  int64_t flat_reach;            // from a pixel to its last tap in the same residue
   std::vector<int64_t> flat_at;  // [offsets] elements from a pixel to that tap
   // Tiles of pixels that have all taps (and targets) are read from the source where they are, and
   // written to the target by the product itself.
@@ -88,10 +90,11 @@ struct GatherPlan {
   int64_t channel_block, offset_block;  // K is cut into blocks of channels x offsets
   int64_t chunks_per_task;
 
-  // How far apart the taps of an axis are.
-  static int64_t halo(const std::vector<int64_t>& offsets) {
-    return offsets.empty() ? 0 : offsets.back() - offsets.front();
+  // How many positions apart the taps of an axis are.
+  static int64_t halo(const std::vector<int64_t>& offsets, int64_t step) {
+    return offsets.empty() ? 0 : floor_div(offsets.back(), step) - floor_div(offsets.front(), step);
   }
+  int64_t residues() const { return h.source_step * w.source_step; }
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
   // Where (row, phase) stands among the `rows` rows of its class.
   int64_t row_of(const PhaseClass& class_h, const PhaseClass& class_w, int64_t rows, int64_t row,
@@ -103,6 +106,18 @@ struct GatherPlan {
   int64_t sum_pitch() const { return rows_across ? padded_rows : block_tiles * pixel_width; }
   int64_t sum_at(int64_t row, int64_t pixel) const {
     return rows_across ? pixel * sum_pitch() + row : row * sum_pitch() + pixel;
+  }
+  // Packed pixels: elements from one tap of a tile to the next. While a channel is packed, each tap
+  // of each tile has an open cache line; an odd number of lines apart, they meet in no set.
+  int64_t tap_pitch(int64_t block_channels, int64_t element_bytes) const {
+    if (rows_across) return block_channels;
+    const int64_t line = 64 / element_bytes;
+    return ((block_channels * pixel_width + line - 1) / line | 1) * line;
+  }
+  // From one tile to the next.
+  int64_t tile_pitch(int64_t block_channels, int64_t block_offsets, int64_t element_bytes) const {
+    return (rows_across ? pixel_width : 1) * block_offsets *
+           tap_pitch(block_channels, element_bytes);
   }
   int64_t weight_elements() const { return groups * row_chunks * channels * weights_per_channel; }
 };

@@ -87,20 +87,27 @@ struct GatherGemm {
     }
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
-      for (int64_t row = 0; row < class_rows; row += plan.row_width) {
-        const T* w = packed + channels * (g.first_weight + row * g.taps);
-        const T* base =
-            nullptr;  // of the tile that the segments were listed for, while others may share them
-        bool base_in_place = false;
-        for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row_tiles = (class_rows + plan.row_width - 1) / plan.row_width;
+      // For which pixels and weights the segments were listed, while other tiles may share them.
+      const T *base = nullptr, *base_w = nullptr;
+      bool base_in_place = false;
+      // Weights stay in L1 while packed pixels stream by. Taps of flat pixels overlap, but lie
+      // strewn: there the pixels stay.
+      const int64_t inner = plan.flat ? row_tiles : tiles;
+      for (int64_t outer = 0; outer < (plan.flat ? tiles : row_tiles); ++outer)
+        for (int64_t i = 0; i < inner; ++i) {
+          const int64_t t = plan.flat ? outer : i, row = (plan.flat ? i : outer) * plan.row_width;
+          const T* w = packed + channels * (g.first_weight + row * g.taps);
           const bool in_place = places[t].source >= 0;
           const T* x = in_place    ? source + places[t].source
                        : plan.flat ? panel + t * plan.pixel_width
-                                   : panel + t * plan.pixel_width * offsets * channels;
+                                   : panel + t * plan.tile_pitch(channels, offsets, sizeof(T));
           const bool all_present = in_place || complete(present + t * offsets, offsets);
           if (base && all_present && base_in_place == in_place) {
-            for (int64_t s = 0; s < segments.count; ++s)
-              (plan.rows_across ? segments.list[s].a : segments.list[s].b) += x - base;
+            for (int64_t s = 0; s < segments.count; ++s) {
+              segments.list[s].a += plan.rows_across ? x - base : w - base_w;
+              segments.list[s].b += plan.rows_across ? w - base_w : x - base;
+            }
             base = x;
           } else {
             list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets,
@@ -108,6 +115,7 @@ struct GatherGemm {
             base = all_present ? x : nullptr;
             base_in_place = in_place;
           }
+          base_w = w;
           TileTarget<T> to =
               target_of(g, group, chunk, rows, row, places[t], t, last_block, sums, bias);
           const T* last_bias = to.bias;
@@ -121,7 +129,6 @@ struct GatherGemm {
                             step_a, step_b(in_place), to);
           }
         }
-      }
     }
   }
 
@@ -156,7 +163,7 @@ struct GatherGemm {
                       c = begin - tap * channels;
         const T* pixel = in_place    ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
                          : plan.flat ? x + plan.flat_at[g.offset_at[tap]] + c * pixel_step
-                                     : x + (u * channels + c) * pixel_step;
+                                     : x + u * plan.tap_pitch(channels, sizeof(T)) + c * pixel_step;
         const T* weight = w + begin * plan.row_width;
         if (pixel == next && begin == last) {
           segments.list[segments.count - 1].length += end - begin;
@@ -187,7 +194,10 @@ struct GatherGemm {
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       panel = carver.take<T>(plan.flat ? plan.channel_block * plan.flat_channel
-                                       : pixels * plan.channel_block * plan.offset_block + lanes);
+                                       : plan.block_tiles * plan.tile_pitch(plan.channel_block,
+                                                                            plan.offset_block,
+                                                                            sizeof(T)) +
+                                             lanes);
       sums = carver.take<T>(pixels * plan.padded_rows);
       bias = carver.take<T>(plan.row_chunk);
       class_bias = carver.take<T>(plan.padded_rows);

@@ -273,7 +273,7 @@ struct GatherPack {
     for (int64_t t = 0; t < tiles; ++t) {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
-      T* to = panel + t * plan.pixel_width * offsets * channels;
+      T* to = panel + t * plan.tile_pitch(channels, offsets, sizeof(T));
       if (places[t].source >= 0 || plan.flat) {
         for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
       } else if (plan.rows_across) {
@@ -289,22 +289,31 @@ struct GatherPack {
     if (plan.flat && joined_count > 0) pack_flat(source, first_pixel, tiles, channels, panel);
   }
 
-  // [channel][pixel]: zero-padded images, row after row, from pixel `first` of all on.
+  // [channel][residue][pixel]: zero-padded images, row after row, from pixel `first` of all on.
   DECONV_PHASE void pack_flat(const S* source, int64_t first, int64_t tiles, int64_t channels,
                               T* panel) const {
-    const int64_t pitch = plan.w.positions, rows = plan.h.positions;
-    const int64_t end = first + tiles * plan.pixel_width + plan.flat_at.back();
-    for (int64_t c = 0; c < channels; ++c, panel += plan.flat_channel) {
-      T* to = panel;
-      for (int64_t pixel = first, count; pixel < end; pixel += count, to += count) {
-        const int64_t line = pixel / pitch, jw = pixel % pitch, n = line / rows;
-        const int64_t ih = line % rows + plan.offsets_h.front();
-        const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
-        count = min_of(pitch - jw, end - pixel);
-        split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr,
-                  jw + plan.offsets_w.front(), count, to, 0);
+    const int64_t pitch = plan.w.positions, rows = plan.h.positions, step_h = plan.h.source_step,
+                  step_w = plan.w.source_step;
+    const int64_t first_h = floor_div(plan.offsets_h.front(), step_h) * step_h,
+                  first_w = floor_div(plan.offsets_w.front(), step_w) * step_w;
+    const int64_t line = first / pitch;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t rh = 0; rh < step_h; ++rh) {
+        T* to = panel + c * plan.flat_channel + rh * step_w * plan.flat_residue;
+        int64_t n = line / rows, jh = line % rows, jw = first % pitch, count;
+        for (int64_t left = tiles * plan.pixel_width + plan.flat_reach; left > 0;
+             left -= count, to += count, jw = 0) {
+          const int64_t ih = jh * step_h + first_h + rh;
+          const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
+          count = min_of(pitch - jw, left);
+          split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr, jw * step_w + first_w,
+                    count, to, plan.flat_residue);
+          if (++jh == rows) {
+            jh = 0;
+            ++n;
+          }
+        }
       }
-    }
   }
 
   // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row,
@@ -334,7 +343,7 @@ struct GatherPack {
     const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
     const int64_t step =
         plan.batch_innermost ? plan.source.stride[0] : plan.source.stride[3] * plan.w.source_step;
-    for (int64_t u = 0; u < offsets; ++u, to += channels * width) {
+    for (int64_t u = 0; u < offsets; ++u, to += plan.tap_pitch(channels, sizeof(T))) {
       const int64_t offset_h = plan.offsets_h[(u0 + u) / count_w],
                     offset_w = plan.offsets_w[(u0 + u) % count_w];
       int64_t found = 0;
@@ -376,50 +385,60 @@ struct GatherPack {
     return kPlaneElements / plan.w.source_step / kLanes<T> * kLanes<T> - shifts;
   }
 
+  // Elements from one residue to the next.
+  int64_t plane_pitch() const {
+    return kPlaneElements / plan.w.source_step / kLanes<T> * kLanes<T>;
+  }
+
   // `panel` is that of all tiles of the block, `joined` their runs.
   DECONV_PHASE void pack_planes(const S* source, const PixelRun* joined, int64_t run_count,
                                 int64_t channels, int64_t u0, int64_t offsets, T* panel) const {
-    const int64_t count_w = plan.offsets_w.size(), pixels = plane_pixels();
+    const int64_t count_w = plan.offsets_w.size(), step = plan.w.source_step,
+                  pixels = plane_pixels(), width = plan.pixel_width;
+    const int64_t tap_pitch = plan.tap_pitch(channels, sizeof(T)),
+                  tile_pitch = plan.tile_pitch(channels, offsets, sizeof(T));
+    T planes[kPlaneElements + kLanes<T>];  // the last vector of a plane may reach beyond it
+    int64_t shift[kPlaneTaps], plane_at[kPlaneTaps];  // a tap's, in positions and in `planes`
+    for (int64_t w = 0; w < count_w; ++w) {
+      shift[w] = floor_div(plan.offsets_w[w], step);
+      plane_at[w] = (plan.offsets_w[w] - shift[w] * step) * plane_pitch() + shift[w];
+    }
     for (int64_t c = 0; c < channels; ++c)
       for (const PixelRun* run = joined; run < joined + run_count; ++run)
-        for (int64_t u = 0, taps; u < offsets; u += taps) {
-          const int64_t first_w = (u0 + u) % count_w;
+        for (int64_t u = 0, first_w = u0 % count_w, h = u0 / count_w, taps; u < offsets;
+             u += taps, first_w = 0, ++h) {
           taps = min_of(count_w - first_w, offsets - u);
-          const int64_t ih = run->jh * plan.h.source_step + plan.offsets_h[(u0 + u) / count_w];
+          const int64_t ih = run->jh * plan.h.source_step + plan.offsets_h[h];
           if (ih < 0 || ih >= plan.h.source) continue;
           const S* row = source + plan.source.at(run->n, c, ih, 0);
-          for (int64_t at = 0; at < run->count; at += pixels)
-            pack_plane_piece(row, run->jw + at, min_of(pixels, run->count - at), run->at + at,
-                             plan.offsets_w.data() + first_w, taps, channels, offsets,
-                             panel + (u * channels + c) * plan.pixel_width);
+          const int64_t base = shift[first_w], last = shift[first_w + taps - 1];
+          for (int64_t at = 0; at < run->count; at += pixels) {
+            const int64_t count = min_of(pixels, run->count - at);
+            split_row(row, (run->jw + at + base) * step, count + last - base, planes,
+                      plane_pitch());
+            const int64_t first_tile =
+                              static_cast<uint32_t>(run->at + at) / static_cast<uint32_t>(width),
+                          first_lane = run->at + at - first_tile * width;
+            T* tile = panel + first_tile * tile_pitch + u * tap_pitch + c * width;
+            for (int64_t tap = first_w; tap < first_w + taps; ++tap, tile += tap_pitch)
+              copy_to_tiles(planes + plane_at[tap] - base, count, tile, first_lane, tile_pitch);
+          }
         }
   }
 
-  // Positions [jw, jw + count) of one row, pixels `at` and on of the block.
-  void pack_plane_piece(const S* row, int64_t jw, int64_t count, int64_t at,
-                        const int64_t* offsets_w, int64_t taps, int64_t channels, int64_t offsets,
-                        T* panel) const {
-    T planes[kPlaneElements + kLanes<T>];  // the last vector of a plane may reach beyond it
-    const int64_t step = plan.w.source_step, width = plan.pixel_width;
-    const int64_t pitch = kPlaneElements / step / kLanes<T> * kLanes<T>;
-    const int64_t base = floor_div(offsets_w[0], step);
-    const int64_t positions = count + floor_div(offsets_w[taps - 1], step) - base;
-    const int64_t first = (jw + base) * step;  // column of the first element of plane 0
-    split_row(row, first, positions, planes, pitch);
-    const int64_t first_tile = at / width, first_lane = at % width;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t shift = floor_div(offsets_w[tap], step);
-      const T* from = planes + (offsets_w[tap] - shift * step) * pitch + shift - base;
-      T* tile = panel + (first_tile * offsets + tap) * channels * width;
-      int64_t lane = first_lane;
-      for (int64_t left = count, length; left > 0; left -= length) {
-        length = min_of(width - lane, left);
-        copy_every<1>(tile + lane, from, length, width - lane);
-        from += length;
-        lane = 0;
-        tile += offsets * channels * width;
-      }
+  // Pixels that follow each other, the first of them at a lane of the first tile.
+  void copy_to_tiles(const T* from, int64_t count, T* tile, int64_t lane, int64_t pitch) const {
+    const int64_t width = plan.pixel_width;
+    if (lane > 0) {
+      const int64_t head = min_of(width - lane, count);
+      copy_every<1>(tile + lane, from, head, width - lane);
+      from += head;
+      count -= head;
+      tile += pitch;
     }
+    for (; count >= width; from += width, count -= width, tile += pitch)
+      copy_vectors(tile, from, width / kLanes<T>);
+    if (count > 0) copy_every<1>(tile, from, count, width);
   }
 
   // [pixel][offset][channel]: where channels are contiguous and offsets follow each other,

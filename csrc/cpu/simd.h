@@ -22,6 +22,8 @@ constexpr int kRegisters = DECONV_VECTOR_REGISTERS;
 
 // Phases of a kernel keep their names in a profile.
 #define DECONV_PHASE __attribute__((noinline))
+// What takes vectors in memory, which inlining keeps in registers.
+#define DECONV_INLINE inline __attribute__((always_inline))
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
@@ -190,6 +192,17 @@ inline Vector<T> load_every(const S* p, int64_t count) {
   }
 }
 
+// A loop over vectors would become a call of memcpy, which costs more than the few there are.
+template <class T>
+inline void copy_vectors(T* to, const T* from, int64_t vectors) {
+  constexpr int64_t kN = kLanes<T>;
+  const Vector<T> v0 = load_vector(from), v1 = load_vector(from + (vectors > 1 ? kN : 0));
+  store_vector(to, v0);
+  if (vectors > 1) store_vector(to + kN, v1);
+  if (vectors > 2) store_vector(to + 2 * kN, load_vector(from + 2 * kN));
+  if (vectors > 3) store_vector(to + 3 * kN, load_vector(from + 3 * kN));
+}
+
 // to[i] = from[i * Stride], i < count. Up to the end of a vector zeros may be written too, where
 // `room` allows it: that is faster than a part of a vector.
 template <int Stride, class T, class S>
@@ -231,7 +244,7 @@ inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
 
 // v[r] becomes every Stride-th element, from the r-th on, of what v[0], v[1], ... held in a row.
 template <class T, int Stride>
-inline void split_residues(Vector<T>* v) {
+DECONV_INLINE void split_residues(Vector<T>* v) {
   if constexpr (Stride > 1) {
     constexpr int kHalf = Stride / 2;
     Vector<T> even[kHalf], odd[kHalf];
@@ -253,7 +266,14 @@ inline void split_residues(Vector<T>* v) {
 template <int Stride, class T, class S>
 inline void deinterleave_by(T* to, int64_t pitch, const S* from, int64_t count, int64_t left) {
   constexpr int kN = kLanes<T>;
-  for (int64_t i = 0; i < count; i += kN) {
+  int64_t i = 0;
+  for (; i < count && left >= (i + kN) * Stride; i += kN) {
+    Vector<T> v[Stride];
+    for (int r = 0; r < Stride; ++r) v[r] = load_as<T>(from + i * Stride + r * kN);
+    split_residues<T, Stride>(v);
+    for (int r = 0; r < Stride; ++r) store_vector(to + r * pitch + i, v[r]);
+  }
+  for (; i < count; i += kN) {
     Vector<T> v[Stride];
     for (int r = 0; r < Stride; ++r) {
       const int64_t at = i * Stride + r * kN;
