@@ -161,7 +161,7 @@ def super_resolution(device: torch.device) -> Task:
         lambda output: output,
         SCALE,
         tuple(name for name in RIVALS if name != UNPOOLING),
-        (200, 40),
+        (200, 15),
     )
 
 
@@ -192,7 +192,7 @@ def segmentation_task(device: torch.device, scenes: int) -> Task:
         lambda scores: scores.softmax(1),
         8,
         tuple(RIVALS),
-        (150, 15),
+        (150, 5),
     )
 
 

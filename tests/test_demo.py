@@ -29,6 +29,7 @@ def is_picture(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 100_000
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_converted_detector_finds_the_same_text(
     text_detection: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -42,6 +43,7 @@ def test_converted_detector_finds_the_same_text(
     assert is_picture(tmp_path / "text_detection.png")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_conversion_fails(
     text_detection: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +73,7 @@ def test_boxes_of_a_known_map(text_detection: dict[str, Any]) -> None:
     assert box.mean(axis=0) == pytest.approx([300, 200], abs=2)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_super_resolution_beats_bicubic(super_resolution: dict[str, Any], tmp_path: Path) -> None:
     arguments = ["--output", str(tmp_path), "--steps", "200", "--seconds", "600"]
     assert super_resolution["main"](arguments) == 0
