@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import quick
 
 import deconv_ext
 from deconv_ext import demo
+from scripts import quick
 
 conv_transpose2d = deconv_ext.functional.conv_transpose2d
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import quick
 from torch.utils.flop_counter import FlopCounterMode
 
 from project import ROOT
+from scripts import quick
 
 #: dB above the input that the quick mode must reach, with margin: what it does is about twice that.
 GAINS = {"x2": 0.1, "x3": 0.05, "deblurring": 0.3}
