@@ -308,7 +308,7 @@ def test_architectures(no_toolkits, monkeypatch, tmp_path: Path):
     home = tmp_path / "13"
     _toolkit(home)
     toolkit = toolchain.Toolkit(str(home), "13.0")
-    usual = ["sm_80", "sm_90a", "compute_90"]
+    usual = ["sm_80", "compute_80", "sm_90a"]
     assert toolchain.cuda_archs(toolkit, portable=False) == usual
     script(tmp_path / "bin/nvidia-smi", "printf '9.0\\n8.6\\n9.0\\n'")
     assert toolchain.cuda_archs(toolkit, portable=False) == ["sm_86", "sm_90a"]
@@ -320,8 +320,8 @@ def test_architectures(no_toolkits, monkeypatch, tmp_path: Path):
     assert toolchain.gencode_flags(["8.0", "9.0a+PTX"]) == []
     assert toolchain.gencode_flags(usual) == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90,code=compute_90",
     ]
 
 
