@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .doctor import main as doctor
 
         return doctor()
-    from .build import BuildError, build
+    from .build import BuildError, build, find_library
+    from .compiler import serves
 
     try:
-        print(build(force=args.force))
+        library = None if args.force else find_library()
+        print(library if library and serves(library) else build(force=args.force))
     except BuildError as error:
         print(f"deconv_ext: {error}", file=sys.stderr)
         return 1

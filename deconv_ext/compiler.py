@@ -208,9 +208,9 @@ def mismatch(path: Path) -> str:
     return ""
 
 
-def serves(library: Path, toolkit: Toolkit | None) -> bool:
-    """Whether compiling with `toolkit` gives no more than `library` has."""
-    return toolkit is None or bool(read_record(library).get("nvcc"))
+def serves(library: Path) -> bool:
+    """Whether `library` may be loaded, and compiling here would give no more than it has."""
+    return not mismatch(library) and (bool(read_record(library)["nvcc"]) or not cuda_toolkit()[0])
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -220,14 +220,12 @@ def build(cache: Path | None = None, force: bool = False) -> Path:
     """Compile the library unless it exists, and return its path.
 
     With `cache`, a directory, the library is made there and for the usual GPUs rather than for
-    this machine's alone; without, one that was installed is as good. `force` discards what is
-    there. Raises `BuildError`.
+    this machine's alone. `force` discards what is there. Raises `BuildError`.
     """
     toolchain.require_tools()
     todo = plan(cache)
     if not force:
-        installed = [prebuilt_path()] if not cache and serves(prebuilt_path(), todo.toolkit) else []
-        for library in [*installed, *(library for _, library in todo.places)]:
+        for _, library in todo.places:
             if not mismatch(library):
                 return library
     for work, library in todo.places:  # noqa: B007  what comes after uses the first usable one
