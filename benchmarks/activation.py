@@ -45,10 +45,7 @@ def contenders(case: Case, name: str, train: bool, device: torch.device, dtype: 
 
     ways = {"fused_us": fused, "ours_us": ours, "torch_us": torchs}
     if train:
-        ways = {
-            key: lambda f=f: torch.autograd.grad(f(), leaves, dy)  # type: ignore[misc]
-            for key, f in ways.items()
-        }
+        ways = {key: lambda f=f: torch.autograd.grad(f(), leaves, dy) for key, f in ways.items()}
     return lambda _: ways
 
 

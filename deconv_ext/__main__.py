@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return doctor()
     from .build import BuildError, build, find_library
-    from .compiler import serves
+    from .compiler import complete
 
     try:
         library = None if args.force else find_library()
-        print(library if library and serves(library) else build(force=args.force))
+        print(library if library and complete(library) else build(force=args.force))
     except BuildError as error:
         print(f"deconv_ext: {error}", file=sys.stderr)
         return 1

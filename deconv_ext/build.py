@@ -51,7 +51,7 @@ def find_library() -> Path | None:
         usable = False
     try:
         # One that was built later, with the CUDA kernels that the prebuilt lacks, is better.
-        if usable and (compiler.read_record(prebuilt)["nvcc"] or not compiler.cuda_toolkit()[0]):
+        if usable and compiler.complete(prebuilt):
             return prebuilt
         cached = [library for _, library in compiler.plan().places]
     except BuildError:  # no compiler, which does not matter if it has done its work

@@ -208,9 +208,9 @@ def mismatch(path: Path) -> str:
     return ""
 
 
-def serves(library: Path) -> bool:
-    """Whether `library` may be loaded, and compiling here would give no more than it has."""
-    return not mismatch(library) and (bool(read_record(library)["nvcc"]) or not cuda_toolkit()[0])
+def complete(library: Path) -> bool:
+    """Whether compiling here would give no more than `library`, which matches, has."""
+    return bool(read_record(library)["nvcc"]) or not cuda_toolkit()[0]
 
 
 # ---- compiling -----------------------------------------------------------------------------------

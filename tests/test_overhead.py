@@ -8,9 +8,10 @@ import torch
 import deconv_ext
 from deconv_ext.functional import conv_transpose2d
 
-#: At most this share of torch's time; 0.25 to 0.55 was seen, 0.62 beside a dozen busy processes. A
-#: Function built for nothing, under no_grad, would fit in it (test_autograd.py finds that one).
-SHARE = 0.75
+#: At most this share of torch's time, and with gradients, where 0.62 was seen beside a dozen busy
+#: processes. A Function built for nothing, under no_grad, would fit in it (test_autograd.py finds
+#: that one).
+SHARE, SHARE_WITH_GRADIENTS = 0.6, 0.75
 
 
 def layer_of(cls):
@@ -58,4 +59,4 @@ def test_overhead(mode, capsys):
         theirs, ours = best_times(calls)
     with capsys.disabled():
         print(f"\n  {mode}: {ours * 1e6:.1f} us a call, torch {theirs * 1e6:.1f} us ", end="")
-    assert ours < SHARE * theirs
+    assert ours < (SHARE if "no_grad" in mode else SHARE_WITH_GRADIENTS) * theirs

@@ -263,6 +263,7 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
       plan.flat && !plan.batch_innermost && plan.offset_block == offsets &&
       plan.channel_block * plan.residues() * (images.shift + kBlockPixels) <= panel_elements;
   if (plan.flat) {
+    plan.flat_reach = images.shift;
     plan.h.positions += GatherPlan::halo(plan.offsets_h, plan.h.source_step);
     plan.w.positions += GatherPlan::halo(plan.offsets_w, plan.w.source_step);
   }
@@ -315,8 +316,6 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
 void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
   constexpr int64_t kLine = 64, kSet = 4096;
   const int64_t pitch = plan.w.positions, step_h = plan.h.source_step, step_w = plan.w.source_step;
-  plan.flat_reach =
-      GatherPlan::halo(plan.offsets_h, step_h) * pitch + GatherPlan::halo(plan.offsets_w, step_w);
   // The last vector may reach beyond its image.
   plan.flat_residue =
       round_up(plan.block_tiles * plan.pixel_width + plan.flat_reach + kLine, kLine);

@@ -391,7 +391,7 @@ struct GatherPack {
   int64_t plane_pixels() const {
     const int64_t shifts = floor_div(plan.offsets_w.back(), plan.w.source_step) -
                            floor_div(plan.offsets_w.front(), plan.w.source_step);
-    return kPlaneElements / plan.w.source_step / kLanes<T> * kLanes<T> - shifts;
+    return plane_pitch() - shifts;
   }
 
   // Elements from one residue to the next.
