@@ -21,6 +21,11 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DTYPES = (*FLOATS, torch.complex64, torch.complex128, torch.int64)
 
 
+def in_memory(tensor: Tensor) -> tuple[object, ...]:
+    """What a fake tensor must have in common with the real one."""
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

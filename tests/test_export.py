@@ -3,7 +3,9 @@
 import io
 import subprocess
 import sys
+import sysconfig
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils import cpp_extension
 
 import deconv_ext
 from deconv_ext import ops
@@ -70,7 +73,7 @@ def test_exported_program_in_another_process(tmp_path):
 
 
 def test_aot_inductor_package(tmp_path):
-    """Compiled ahead of time and loaded; the runtime is C++ and finds our kernels by the name."""
+    """Compiled ahead of time and loaded, by Python and by a program without Python code."""
     model = nn.Sequential(layer_of("same"), nn.ReLU()).eval()
     x = image()
     with torch.no_grad():
@@ -82,6 +85,28 @@ def test_aot_inductor_package(tmp_path):
         for size in ((2, 4, 5, 3), (5, 4, 5, 3)):
             x = image(*size)
             assert_close(loaded(x), model(x))
+        program = build_program(tmp_path)
+        library = deconv_ext.build_info()["path"]
+        command = [str(each) for each in (program, library, package, *x.shape)]
+        done = subprocess.run(
+            command, input=x.numpy().tobytes(), stdout=subprocess.PIPE, check=True
+        )
+        want = model(x)
+    assert torch.equal(torch.frombuffer(bytearray(done.stdout), dtype=x.dtype), want.flatten())
+
+
+def build_program(directory):
+    """examples/exported.cpp, compiled as its head says."""
+    program = directory / "exported"
+    libraries = [*cpp_extension.library_paths(), sysconfig.get_config_var("LIBDIR")]
+    command = ["g++", "-std=c++20", "examples/exported.cpp", "-o", program]
+    command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    command += [f"{flag}{path}" for path in libraries for flag in ("-L", "-Wl,-rpath,")]
+    names = ("torch", "torch_cpu", "c10", "torch_python")
+    command += ["-Wl,--no-as-needed", *(f"-l{name}" for name in names)]
+    command += ["-lpython" + sysconfig.get_config_var("LDVERSION")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    return program
 
 
 @each_padding

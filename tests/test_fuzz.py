@@ -1,12 +1,16 @@
 """Any arguments, legal or not: torch and we accept the same, with equal values and gradients."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from deconv_ext.functional import conv_transpose2d
 from deconv_ext.testing import LAYOUTS, relayout
+from support import in_memory
 
 SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBERS = st.integers(-1, 4)
@@ -64,9 +68,16 @@ def mutations(draw) -> dict:
 
 
 def result(
-    function, problem: dict, dtype: torch.dtype, layouts: tuple[str, ...] = ()
+    function,
+    problem: dict,
+    dtype: torch.dtype,
+    layouts: tuple[str, ...] = (),
+    fakes: FakeTensorMode | None = None,
 ) -> list | Exception:
-    """Values and gradients, or the refusal; the numbers depend on the shapes alone."""
+    """Values and gradients, or the refusal; the numbers depend on the shapes alone.
+
+    With `fakes` of tensors without numbers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tensor(shape: tuple[int, ...]) -> torch.Tensor:
@@ -79,11 +90,14 @@ def result(
     for index, layout in enumerate(layouts):
         if operands[index].dim() == 4 or layout not in ("channels_last", "transposed"):
             operands[index] = relayout(operands[index], layout)
+    if fakes:
+        operands = [fakes.from_tensor(operand) for operand in operands]
     operands = [operand.requires_grad_() for operand in operands]
     try:
-        y = function(*operands, **named)
-        dy = torch.randn(y.shape, generator=generator, dtype=dtype)
-        return [y.detach(), *torch.autograd.grad(y, operands, dy)]
+        with fakes or contextlib.nullcontext():
+            y = function(*operands, **named)
+            dy = torch.empty(y.shape, dtype=dtype) if fakes else tensor(y.shape)
+            return [y.detach(), *torch.autograd.grad(y, operands, dy)]
     except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
         return error
 
@@ -116,6 +130,20 @@ def test_legal_calls_agree(problem: dict, layouts: tuple[str, str], dtype: str) 
     event(f"{len(got) - 1} gradients")
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@settings(SETTINGS, max_examples=150)
+@given(
+    problems(),
+    st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+    st.sampled_from(("float32", "bfloat16", "complex64")),
+)
+def test_fake_tensors_foretell_results(problem: dict, layouts: tuple[str, str], dtype: str) -> None:
+    """Shape, dtype and strides of the output and of every gradient."""
+    real = result(conv_transpose2d, problem, getattr(torch, dtype), layouts)
+    fake = result(conv_transpose2d, problem, getattr(torch, dtype), layouts, FakeTensorMode())
+    assert not isinstance(real, Exception) and not isinstance(fake, Exception), (real, fake)
+    assert [in_memory(t) for t in fake] == [in_memory(t) for t in real]
 
 
 @SETTINGS

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deconv_ext
 from deconv_ext.ops import OPERATORS
 from deconv_ext.testing import LAYOUTS, Case, Operands, make_case, random_case
-from support import dtype_name, each_dtype
+from support import dtype_name, each_dtype, in_memory
 
 CASES = (
     make_case("k4_s2", (2, 5, 6, 7), 9, 4, 2, 1),
@@ -46,10 +46,6 @@ def each_operator(*dtypes: torch.dtype) -> pytest.MarkDecorator:
         if op != "forward_activated" or dtype.is_floating_point
     ]
     return pytest.mark.parametrize("op,dtype", pairs)
-
-
-def in_memory(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
 @each_operator(torch.float32, torch.bfloat16, torch.complex64, torch.int64)
