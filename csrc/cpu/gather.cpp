@@ -19,6 +19,10 @@ constexpr int64_t kMaxBlockPixels = 384;
 constexpr int64_t kLeastChannels = 64;
 // Rows summed at a time, if there are as many: each packed pixel then serves 256 multiply-adds.
 constexpr int64_t kLeastRows = 256;
+// Rows of a chunk, if there are as many, where they lie next to each other in the target: of
+// shorter runs each cache line would be written by several chunks. With many phases their sums go
+// beyond the bound above, up to as many times; they are written once and read once.
+constexpr int64_t kLeastRun = 32;
 
 int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
@@ -299,7 +303,8 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
     blocks = ceil_div(plan.tiles, plan.block_tiles) * plan.groups;
   }
   const int64_t rows_at_once =
-      std::max<int64_t>(1, sum_elements / (plan.block_tiles * plan.pixel_width * phases));
+      std::max(plan.rows_by_phase ? std::min(plan.rows, kLeastRun) : 1,
+               sum_elements / (plan.block_tiles * plan.pixel_width * phases));
   const int64_t spread = blocks < tasks ? std::min(ceil_div(tasks, blocks), finest) : 1;
   // Chunks end with whole tiles where they can.
   const PhaseClass &h = plan.h.classes.front(), &w = plan.w.classes.front();
