@@ -63,7 +63,24 @@ int main() {
       std::printf("declined %s\nend\n", declined);
       continue;
     }
-    if (wgmma) {
+    if (wgmma && which == Op::kGradWeight) {
+      WgmmaWeightPlan plan;
+      try {
+        plan = plan_wgmma_weight(p, "", device);
+      } catch (const std::invalid_argument& error) {
+        std::printf("declined %s\nend\n", error.what());
+        continue;
+      }
+      std::printf(
+          "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d stages %d stage_bytes %d "
+          "preferred %d\n",
+          kWgmmaWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+          static_cast<long long>(plan.shared_bytes), plan.splits,
+          static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.stages,
+          plan.stage_bytes, prefer_wgmma(which, p));
+      print_axis("h", plan.h);
+      print_axis("w", plan.w);
+    } else if (wgmma) {
       WgmmaPlan plan;
       try {
         plan = plan_wgmma(which, p, "", device);

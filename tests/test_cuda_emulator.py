@@ -228,6 +228,7 @@ def test_finds_among_asynchronous(machine: Emulator, mistake: str) -> None:
     (
         *("bulk_right", "ring_right", "product_float16_64", "product_float16_128"),
         *("product_float16_256", "product_bfloat16_64", "product_bfloat16_256", "product_of_copy"),
+        *("product_transposed_64", "product_transposed_256"),
     ),
 )
 def test_passes_asynchronous_kernels(machine: Emulator, kernel: str) -> None:
@@ -235,6 +236,11 @@ def test_passes_asynchronous_kernels(machine: Emulator, kernel: str) -> None:
         machine.seed(seed)
         got, want = asynchronous(machine, kernel)
         assert torch.equal(got, want)
+
+
+def test_offsets_of_transposed_matrices_have_their_places(machine: Emulator) -> None:
+    got, want = asynchronous(machine, "product_transposed_wrong_64")
+    assert not torch.equal(got, want)
 
 
 # ---- counters -----------------------------------------------------------------------------------

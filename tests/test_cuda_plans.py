@@ -156,7 +156,6 @@ CONDITIONS = {
     "the tile '.*' is not one of": lambda call: call.fmt in ("float32", "float64"),
     "it has no such tile for this type, or shared memory does not hold it": lambda call: True,
     "it has no such tile, or shared memory does not hold it": lambda call: True,
-    "grad_weight has no wgmma kernel": lambda call: call.op == "grad_weight",
     "only float16 and bfloat16 have wgmma kernels": lambda call: "16" not in call.fmt,
 }
 
@@ -191,5 +190,5 @@ def test_a_forced_configuration_is_taken_or_the_condition_that_fails_is_named(
         assert logged_op == op and (used == algo if ":" in algo else used.startswith(algo))
     assert taken["generic"] == len(calls(op)) > 300
     # Pairs of any taps are only for what no layer has unrolled patterns for.
-    there = set(MACHINE.algorithms(op)) - ({"wgmma"} if op == "grad_weight" else set())
+    there = set(MACHINE.algorithms(op))
     assert set(taken) == there, there - set(taken)

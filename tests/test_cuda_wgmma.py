@@ -16,6 +16,7 @@ from support import assert_equal, assert_same_bits, cast, exact
 
 MACHINE = Emulator(build())
 TILES = [name for name in MACHINE.algorithms("forward") if name.startswith("wgmma:")]
+WEIGHT_TILES = [name for name in MACHINE.algorithms("grad_weight") if name.startswith("wgmma:")]
 # A pair for each run: all eight meet every tile.
 SETTINGS = [
     (dtype, layout)
@@ -38,7 +39,9 @@ CASES = (
     make_case("rows", (1, 8, 4, 9), 264, 2, 2),
 )
 
-each_tile = pytest.mark.parametrize("algo", TILES, ids=lambda algo: algo.replace(":", "-"))
+RUNS = [(op, algo) for op in OPERATIONS[:2] for algo in TILES]
+RUNS += [("grad_weight", algo) for algo in WEIGHT_TILES]
+each_run = pytest.mark.parametrize(("op", "algo"), RUNS, ids=lambda it: it.replace(":", "-"))
 each_op = pytest.mark.parametrize("op", OPERATIONS[:2])
 
 
@@ -57,14 +60,13 @@ def test_there_are_tiles() -> None:
     assert len(TILES) >= 5 and TILES == [
         name for name in MACHINE.algorithms("grad_input") if name.startswith("wgmma:")
     ]
-    assert not any("wgmma:" in name for name in MACHINE.algorithms("grad_weight"))
+    assert len(WEIGHT_TILES) >= 3
 
 
-@each_tile
-@each_op
+@each_run
 def test_exact(op: str, algo: str) -> None:
     for index, case in enumerate(CASES):
-        dtype, layout = SETTINGS[(index + 3 * TILES.index(algo)) % len(SETTINGS)]
+        dtype, layout = SETTINGS[(index + 3 * RUNS.index((op, algo))) % len(SETTINGS)]
         operands, results = exact(case, False)
         got = run(op, case, cast(operands, dtype, layout), algo, index)
         assert_equal(got, results[op].to(dtype), (case, dtype, layout))
@@ -89,19 +91,34 @@ def test_two_buffers_are_enough(op: str, layout: str) -> None:
     raise AssertionError("there is no room for it")
 
 
-@each_tile
-@each_op
+@each_run
 def test_order_and_blocks_do_not_matter(op: str, algo: str) -> None:
     """The same bits whatever the order of threads and copies, and the tiles of a block."""
     case = make_case("order", (2, 40, 9, 9), 72, 3, 2, 1)
     t = case.operands(0, torch.float16, "channels_last" if "last" in algo else "contiguous")
     first = run(op, case, t, algo, 1)
-    MACHINE.set_device(132)
+    if op != "grad_weight":  # whose splits depend on them
+        MACHINE.set_device(132)
     assert_same_bits(run(op, case, t, algo, 2), first, case)
 
 
-@each_tile
-@each_op
+@pytest.mark.parametrize("algo", WEIGHT_TILES)
+def test_splits_are_exact(algo: str) -> None:
+    """On many multiprocessors the pixels are split among blocks, whose sums are added."""
+    case = make_case("splits", (5, 24, 19, 18), 40, 2, 2)
+    operands, results = exact(case, False)
+    MACHINE.set_device(132)
+    MACHINE.count(True)
+    try:
+        got = run("grad_weight", case, cast(operands, torch.bfloat16, "channels_last"), algo)
+    finally:
+        launches = MACHINE.counts()
+        MACHINE.count(False)
+    assert_equal(got, results["grad_weight"].to(torch.bfloat16), algo)
+    assert [launch["kernel"] for launch in launches] == ["wgmma_weight", "gemm_weight_reduce"]
+
+
+@each_run
 def test_results_are_written_once(op: str, algo: str) -> None:
     case = make_case("once", (1, 16, 9, 9), 24, 4, 2, 1)
     t = case.operands(0, torch.bfloat16, "channels_last" if "last" in algo else "contiguous")
@@ -111,7 +128,7 @@ def test_results_are_written_once(op: str, algo: str) -> None:
     finally:
         launches = MACHINE.counts()
         MACHINE.count(False)
-    name = "write y" if op == "forward" else "write x"
+    name = {"forward": "write y", "grad_input": "write x", "grad_weight": "write w"}[op]
     written = sum(launch["memory"].get(name, {"bytes": 0})["bytes"] for launch in launches)
     assert written == result.numel() * result.itemsize
 
@@ -134,24 +151,23 @@ def test_says_what_it_is_not_for() -> None:
     half, single = (case.operands(0, dtype) for dtype in (torch.float16, torch.float32))
     with pytest.raises(ValueError, match="only float16 and bfloat16 have wgmma kernels"):
         run("forward", case, single, "wgmma")
-    with pytest.raises(ValueError, match="grad_weight has no wgmma kernel"):
-        run("grad_weight", case, half, "wgmma")
-    with pytest.raises(ValueError, match="it has no such tile"):
-        run("forward", case, half, "wgmma:17x17")
+    for op in OPERATIONS:
+        with pytest.raises(ValueError, match="it has no such tile"):
+            run(op, case, half, "wgmma:17x17")
     for capability in ((8, 0), (10, 0)):
         MACHINE.set_device(2, capability)
         with pytest.raises(ValueError, match="needs a device of compute capability 9.0"):
             run("forward", case, half, "wgmma")
 
 
-def launched(op: str, case: Case, dtype: torch.dtype) -> str:
+def launched(op: str, case: Case, dtype: torch.dtype, layout: str = "contiguous") -> str:
     MACHINE.count(True)
     try:
-        MACHINE.run(op, case, case.operands(0, dtype))
+        MACHINE.run(op, case, case.operands(0, dtype, layout))
     finally:
         launches = MACHINE.counts()
         MACHINE.count(False)
-    return launches[-1]["kernel"]
+    return next(launch["kernel"] for launch in launches if launch["kernel"] != "gemm_pack")
 
 
 @each_op
@@ -164,3 +180,12 @@ def test_is_taken_for_problems_that_fill_it(op: str) -> None:
     assert launched(op, few, torch.bfloat16) == "gemm_gather"
     MACHINE.set_device(2, (8, 0))
     assert launched(op, case, torch.bfloat16) == "gemm_gather"
+
+
+def test_grad_weight_takes_it_where_channels_are_contiguous() -> None:
+    case = make_case("large", (1, 96, 16, 16), 32, 1, 1)
+    half = torch.bfloat16
+    assert launched("grad_weight", case, half, "channels_last") == "wgmma_weight"
+    assert launched("grad_weight", case, half) == "gemm_weight"
+    few = make_case("few_channels", (1, 64, 16, 16), 32, 1, 1)
+    assert launched("grad_weight", few, half, "channels_last") == "gemm_weight"

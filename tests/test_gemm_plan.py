@@ -233,6 +233,24 @@ def test_wgmma_has_a_tile_for_every_layer(planner: Path, op: str, layout: str) -
     assert {"unet_1024_512", "cyclegan_256_128"} <= taken and "dla_dw_64" not in taken
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wgmma_has_a_tile_for_every_grad_weight(planner: Path, layout: str) -> None:
+    """... with two stages at least, all multiprocessors at work, and every tap once."""
+    layers = [case for case in load_layers("gpu") if plannable(case)]
+    answers = ask(planner, [Query("grad_weight", case, layout, "wgmma") for case in layers])
+    for case, answer in zip(layers, answers):
+        assert not answer.declined, case
+        assert answer.facts["stages"] >= 2 and answer.facts["shared"] <= SHARED_BYTES, case
+        for axis, name in enumerate("hw"):
+            found = described("grad_weight", case, axis, answer.taps[name])
+            assert found == triples(case, axis), (case, name)
+        rounds = -(-answer.facts["blocks"] // 132)
+        if answer.facts["tiles"] >= 512:
+            assert answer.facts["blocks"] >= 0.75 * 132 * rounds, (case, answer)
+    taken = {case.name for case, answer in zip(layers, answers) if answer.facts["preferred"]}
+    assert ({"unet_1024_512", "pillars_4x4"} <= taken) == (layout == "channels_last")
+
+
 def test_what_is_declined_is_said(planner: Path) -> None:
     queries = [
         Query("forward", make_case("kernel", (1, 3, 9, 9), 4, 65, 1)),

@@ -91,6 +91,27 @@ constexpr WgmmaTile kWgmmaTiles[] = {
 };
 constexpr int kWgmmaTileCount = sizeof(kWgmmaTiles) / sizeof(WgmmaTile);
 
+// ... and of their grad_weight: each warpgroup 64 channels of x by c_out of dy by `taps` taps of
+// one row of the kernel, from tiles of kWeightPixels pixels.
+struct WgmmaWeightTile {
+  const char* name;
+  int c_in, c_out, taps;
+
+  constexpr int accumulators() const { return c_out / 2 * taps; }
+  constexpr bool legal() const {
+    return c_in == 64 * kWgmmaConsumers && accumulators() <= kMaxAccumulators &&
+           (c_out == 64 || c_out == 128 || c_out == 256);
+  }
+};
+
+constexpr WgmmaWeightTile kWgmmaWeightTiles[] = {
+    {"128x256x1", 128, 256,
+     1},  // 0: the fewest bytes for a product, where no pixel of dy is shared
+    {"128x128x2", 128, 128, 2},  // 1: up to 128 channels of dy, or taps that share pixels
+    {"128x64x4", 128, 64, 4},    // 2: up to 64 channels of dy
+};
+constexpr int kWgmmaWeightTileCount = sizeof(kWgmmaWeightTiles) / sizeof(WgmmaWeightTile);
+
 struct WeightTile {
   const char* name;
   int c_in, c_out, warp_c_in, warp_c_out, tap_warps, warp_taps;
@@ -119,6 +140,8 @@ constexpr bool all_legal() {
   for (const GatherTile& tile : kGatherTiles)
     if (!tile.legal()) return false;
   for (const WgmmaTile& tile : kWgmmaTiles)
+    if (!tile.legal()) return false;
+  for (const WgmmaWeightTile& tile : kWgmmaWeightTiles)
     if (!tile.legal()) return false;
   for (const WeightTile& tile : kWeightTiles)
     if (!tile.legal()) return false;

@@ -76,6 +76,7 @@ std::string run_gemm(Op op, const Params& params, const std::string& config,
     plan.partial =
         context.workspace(static_cast<size_t>(plan.splits * plan.partial_elements()) * sum_bytes);
     kernels.weight(plan, context.stream);
+    kernels.weight_reduce(plan, context.stream);
     return kWeightTiles[plan.tile].name + how;
   }
   GatherPlan plan = plan_gather(op, params, product, config, device);

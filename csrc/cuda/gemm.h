@@ -21,7 +21,9 @@ struct GemmKernels {
   void (*gather)(const GatherPlan&, void* stream);
   // rows_of_run: rows that a thread owns next to each other, where it does (gemm_pack.cuh), or 0.
   void (*pack)(const GatherPlan&, int rows_of_run, void* stream);
+  // Sums of each split into plan.partial, and those added.
   void (*weight)(const WeightPlan&, void* stream);
+  void (*weight_reduce)(const WeightPlan&, void* stream);
 };
 extern const GemmKernels kGemmFloat16, kGemmBFloat16, kGemmTf32, kGemmFloat32, kGemmFloat64;
 

@@ -80,17 +80,16 @@ template <class T, Product kProduct, int kTile = 0>
 void launch_weight(const WeightPlan& p, void* stream) {
   if constexpr (kTile < kWeightTileCount) {
     if (p.tile != kTile) return launch_weight<T, kProduct, kTile + 1>(p, stream);
-    if constexpr ((kProducts[kProduct].weight_tiles >> kTile & 1) != 0) {
+    if constexpr ((kProducts[kProduct].weight_tiles >> kTile & 1) != 0)
       launch(weight_kernel<T, kProduct, kTile>, dim3(static_cast<unsigned>(p.blocks)),
              dim3(kWeightTiles[kTile].threads()), p.shared_bytes, stream, p, "gemm_weight");
-      launch_weight_reduce<T, typename PixelMma<kProduct, T>::Sum>(p, stream);
-    }
   }
 }
 
 template <class T, Product kProduct>
 constexpr GemmKernels gemm_kernels() {
-  return {launch_gather<T, kProduct>, launch_pack<T>, launch_weight<T, kProduct>};
+  return {launch_gather<T, kProduct>, launch_pack<T>, launch_weight<T, kProduct>,
+          launch_weight_reduce<T, typename PixelMma<kProduct, T>::Sum>};
 }
 
 }  // namespace cuda

@@ -105,6 +105,7 @@ constexpr double kStagingCost = 40;
 }  // namespace
 
 int32_t copy_pitch(int64_t pixels, int vectors) {
+  vectors = std::min(vectors, 8);
   return static_cast<int32_t>(round_up(pixels, 16 / vectors) + 8 / vectors);
 }
 
@@ -144,6 +145,28 @@ GatherPlan describe_gather(Op op, const Params& params, int64_t element_bytes, i
   return p;
 }
 
+WeightPlan describe_weight(const Params& params, int64_t element_bytes, int tile_c_in,
+                           int tile_c_out, int max_group_taps_h, int max_group_taps_w) {
+  const Problem& q = params.problem;
+  WeightPlan p{};
+  p.params = params;
+  p.x = make_operand(params.x, q, true, element_bytes);
+  p.dy = make_operand(params.y, q, false, element_bytes);
+  p.h = make_axis_table(grad_input_taps(q.h), 1, max_group_taps_h);
+  p.w = make_axis_table(grad_input_taps(q.w), 1, max_group_taps_w);
+  p.groups = static_cast<int32_t>(q.groups);
+  p.c_in = p.x.channels;
+  p.c_out = p.dy.channels;
+  p.c_in_tiles = static_cast<int32_t>(ceil_div(p.c_in, tile_c_in));
+  p.c_out_tiles = static_cast<int32_t>(ceil_div(p.c_out, tile_c_out));
+  p.c_in_padded = p.c_in_tiles * tile_c_in;
+  p.c_out_padded = p.c_out_tiles * tile_c_out;
+  p.groups_h = p.h.group[p.h.sets];
+  p.groups_w = p.w.group[p.w.sets];
+  p.tap_sets = 1;
+  return p;
+}
+
 namespace {
 
 GatherPlan fill_gather(Op op, const Params& params, Product product, int tile_index) {
@@ -177,25 +200,11 @@ WeightPlan fill_weight(const Params& params, Product product, int tile_index,
   const ArithmeticInfo& info = kProducts[product];
   const Problem& q = params.problem;
 
-  WeightPlan p{};
-  p.params = params;
+  WeightPlan p =
+      describe_weight(params, info.element_bytes, tile.c_in, tile.c_out, kMaxTaps, kMaxTaps);
   p.tile = tile_index;
-  p.x = make_operand(params.x, q, true, info.element_bytes);
-  p.dy = make_operand(params.y, q, false, info.element_bytes);
-  p.h = make_axis_table(grad_input_taps(q.h), 1, kMaxTaps);
-  p.w = make_axis_table(grad_input_taps(q.w), 1, kMaxTaps);
-  p.groups = static_cast<int32_t>(q.groups);
-  p.c_in = p.x.channels;
-  p.c_out = p.dy.channels;
-  p.c_in_tiles = static_cast<int32_t>(ceil_div(p.c_in, tile.c_in));
-  p.c_out_tiles = static_cast<int32_t>(ceil_div(p.c_out, tile.c_out));
-  p.c_in_padded = p.c_in_tiles * tile.c_in;
-  p.c_out_padded = p.c_out_tiles * tile.c_out;
-  p.groups_h = p.h.group[p.h.sets];
-  p.groups_w = p.w.group[p.w.sets];
-  p.set_taps = tile.taps();
   p.tap_sets = static_cast<int32_t>(
-      ceil_div(int64_t{most_group_taps(p.h)} * most_group_taps(p.w), p.set_taps));
+      ceil_div(int64_t{most_group_taps(p.h)} * most_group_taps(p.w), tile.taps()));
 
   cut_pixels(p.h, p.w, q.batch, log2_up(kWeightPixels), &p.tiling, &p.staged);
   // 16 bits: ldmatrix takes any pitch. Wider types are read a word at a time.

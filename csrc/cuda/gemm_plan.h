@@ -107,7 +107,7 @@ struct WeightPlan {
   Operand x, dy;
   void* partial;  // [split][group][tap h][tap w][c_in_padded][c_out_padded] sums
   int32_t groups, c_in, c_out, c_in_padded, c_out_padded, c_in_tiles, c_out_tiles;
-  int32_t set_taps, tap_sets, groups_h, groups_w;
+  int32_t tap_sets, groups_h, groups_w;
   int32_t splits, x_pitch;
   PixelTiling tiling;
   StagedTile staged;
@@ -132,7 +132,10 @@ const char* decline_gemm(Op op, const Params& params);
 GatherPlan describe_gather(Op op, const Params& params, int64_t element_bytes, int tile_rows,
                            int phases);
 
-// The distance of a pixel's vectors of channels, 2, 4 or 8 of them, such that copies of 32
+WeightPlan describe_weight(const Params& params, int64_t element_bytes, int tile_c_in,
+                           int tile_c_out, int max_group_taps_h, int max_group_taps_w);
+
+// The distance of a pixel's vectors of channels, 2, 4, 8 or more of them, such that copies of 32
 // neighbouring vectors, channels fastest, fill all banks evenly.
 int32_t copy_pitch(int64_t pixels, int vectors);
 

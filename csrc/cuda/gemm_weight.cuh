@@ -27,6 +27,56 @@ namespace cuda {
 
 constexpr int log2_of(int value) { return value == 1 ? 0 : 1 + log2_of(value / 2); }
 
+// Which part of dw, and of the pixels, a block has.
+struct WeightPlace {
+  int ci, co, set, group_h, group_w, group, split;
+};
+__device__ inline WeightPlace weight_place(const WeightPlan& p, int c_in, int c_out) {
+  unsigned index = blockIdx.x;
+  const auto next = [&](int count) {
+    const int digit = static_cast<int>(index % count);
+    index /= count;
+    return digit;
+  };
+  WeightPlace at;  // neighbouring blocks read the same pixels
+  at.co = next(p.c_out_tiles) * c_out;
+  at.ci = next(p.c_in_tiles) * c_in;
+  at.set = next(p.tap_sets);
+  at.group_w = next(p.groups_w);
+  at.group_h = next(p.groups_h);
+  at.group = next(p.groups);
+  at.split = static_cast<int>(index);
+  return at;
+}
+
+// The tiles of pixels of a split, one after another.
+struct SplitTiles {
+  int left, n, h, w;  // how many are left, and the place of the next in tiles
+  __device__ SplitTiles(const WeightPlan& p, int split) {
+    const int64_t tiles = int64_t{p.tiling.tiles_n} * p.tiling.tiles_h * p.tiling.tiles_w;
+    const int first = static_cast<int>(tiles * split / p.splits);
+    left = static_cast<int>(tiles * (split + 1) / p.splits) - first;
+    w = first % p.tiling.tiles_w;
+    h = first / p.tiling.tiles_w % p.tiling.tiles_h;
+    n = first / p.tiling.tiles_w / p.tiling.tiles_h;
+  }
+  __device__ void next(const PixelTiling& tiling) {
+    --left;
+    if (++w < tiling.tiles_w) return;
+    w = 0;
+    if (++h == tiling.tiles_h) h = 0, ++n;
+  }
+};
+
+// Where sums of the tap go: [c_in_padded][c_out_padded] of the split.
+template <class Sum>
+__device__ Sum* partial_plane(const WeightPlan& p, const WeightPlace& at, int tap_h, int tap_w) {
+  return static_cast<Sum*>(p.partial) +
+         (((static_cast<int64_t>(at.split) * p.groups + at.group) * p.h.taps + tap_h) * p.w.taps +
+          tap_w) *
+             p.c_in_padded * p.c_out_padded;
+}
+
 template <class T, Product kProduct, int kTile>
 struct Weight {
   using Mma = PixelMma<kProduct, T>;
@@ -40,27 +90,6 @@ struct Weight {
   using Sums = Sum[kTaps][kStripsA][kStripsB][kAccumulators];
 
   static constexpr int kLogX = log2_of(kVectorsX), kLogDy = log2_of(kVectorsDy);
-
-  struct Place {
-    int ci, co, set, group_h, group_w, group, split;
-  };
-  __device__ static Place place(const WeightPlan& p) {
-    unsigned index = blockIdx.x;
-    const auto next = [&](int count) {
-      const int digit = static_cast<int>(index % count);
-      index /= count;
-      return digit;
-    };
-    Place at;  // neighbouring blocks read the same pixels
-    at.co = next(p.c_out_tiles) * kShape.c_out;
-    at.ci = next(p.c_in_tiles) * kShape.c_in;
-    at.set = next(p.tap_sets);
-    at.group_w = next(p.groups_w);
-    at.group_h = next(p.groups_h);
-    at.group = next(p.groups);
-    at.split = static_cast<int>(index);
-    return at;
-  }
 
   // One tile of pixels. `shift` of a tap is negative where the warp has none.
   __device__ static void multiply_tile(const WeightPlan& p, const unsigned char* s_x,
@@ -120,7 +149,7 @@ __device__ void Weight<T, kProduct, kTile>::run(const WeightPlan& p) {
   unsigned char* const s_tiles = shared + (((p.staged.pixels + kWeightPixels) * 8 + 15) & ~15);
   const int x_bytes = kVectorsX * p.x_pitch * kVectorBytes,
             stage_bytes = x_bytes + kVectorsDy * p.staged.pitch * kVectorBytes;
-  const Place at = place(p);
+  const WeightPlace at = weight_place(p, kShape.c_in, kShape.c_out);
   const TapGroup& group_h = p.h.groups[at.group_h];
   const TapGroup& group_w = p.w.groups[at.group_w];
   list_pixels<kThreads>(s_list_dy, p.staged, p.h, group_h, p.w, group_w);
@@ -138,49 +167,41 @@ __device__ void Weight<T, kProduct, kTile>::run(const WeightPlan& p) {
   const int offset_x = ci / kV * p.x_pitch * kVectorBytes + Mma::offset_a(lane, p.x_pitch),
             offset_dy =
                 co / kV * p.staged.pitch * kVectorBytes + Mma::offset_b(lane, p.staged.pitch);
-  int shift[kTaps], tap_at[kTaps];
+  int shift[kTaps], tap_h[kTaps], tap_w[kTaps];
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) {
     const int tap = at.set * kBlockTaps + i * kShape.tap_warps + tap_warp;
     const bool exists = tap < taps;
-    const int h = group_h.tap[0] + (exists ? tap / taps_w : 0),
-              w = group_w.tap[0] + (exists ? tap % taps_w : 0);
+    const int h = tap_h[i] = group_h.tap[0] + (exists ? tap / taps_w : 0);
+    const int w = tap_w[i] = group_w.tap[0] + (exists ? tap % taps_w : 0);
     const int row = p.h.plane[h] * p.staged.extent_h + p.h.step[h];
     shift[i] = exists
                    ? ((row * p.staged.planes_w + p.w.plane[w]) * p.staged.extent_w + p.w.step[w]) *
                          kVectorBytes
                    : -1;
-    tap_at[i] = h * p.w.taps + w;
   }
 
   Sums sums;
 #pragma unroll
   for (int i = 0; i < kTaps * kStripsA * kStripsB * kAccumulators; ++i) (&sums[0][0][0][0])[i] = 0;
 
-  const int tiles = p.tiling.tiles_n * p.tiling.tiles_h * p.tiling.tiles_w;
-  int next = static_cast<int>(static_cast<int64_t>(tiles) * at.split / p.splits);
-  const int end = static_cast<int>(static_cast<int64_t>(tiles) * (at.split + 1) / p.splits);
-  int next_w = next % p.tiling.tiles_w, next_h = next / p.tiling.tiles_w % p.tiling.tiles_h,
-      next_n = next / p.tiling.tiles_w / p.tiling.tiles_h, next_stage = 0, stage = 0;
+  SplitTiles tiles(p, at.split);
+  const int steps = tiles.left;
+  int next_stage = 0, stage = 0;
   const auto issue = [&] {
-    if (next < end) {
+    if (tiles.left > 0) {
       unsigned char* const to = s_tiles + next_stage * stage_bytes;
-      const int n = next_n << p.tiling.log_n, h = next_h << p.tiling.log_h,
-                w = next_w << p.tiling.log_w;
+      const int n = tiles.n << p.tiling.log_n, h = tiles.h << p.tiling.log_h,
+                w = tiles.w << p.tiling.log_w;
       stage_pixels<T, kThreads>(to, p.x_pitch, s_list_x, kWeightPixels, kLogX, p.x, at.group, n, h,
                                 w, at.ci);
       stage_pixels<T, kThreads>(to + x_bytes, p.staged.pitch, s_list_dy, p.staged.pixels, kLogDy,
                                 p.dy, at.group, n, h * p.h.source_step, w * p.w.source_step, at.co);
-      ++next;
-      if (++next_w == p.tiling.tiles_w) {
-        next_w = 0;
-        if (++next_h == p.tiling.tiles_h) next_h = 0, ++next_n;
-      }
+      tiles.next(p.tiling);
       next_stage = next_stage + 1 == kWeightStages ? 0 : next_stage + 1;
     }
     copy_async_commit();
   };
-  const int steps = end - next;
   __syncthreads();
   for (int i = 0; i < kWeightStages - 1; ++i) issue();
   for (int step = 0; step < steps; ++step) {
@@ -193,15 +214,10 @@ __device__ void Weight<T, kProduct, kTile>::run(const WeightPlan& p) {
   }
   copy_async_wait<0>();
 
-  Sum* const partial = static_cast<Sum*>(p.partial);
-  const int64_t plane = static_cast<int64_t>(p.c_in_padded) * p.c_out_padded;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
     if (shift[tap] < 0) continue;
-    Sum* const to =
-        partial + ((static_cast<int64_t>(at.split) * p.groups + at.group) * (p.h.taps * p.w.taps) +
-                   tap_at[tap]) *
-                      plane;
+    Sum* const to = partial_plane<Sum>(p, at, tap_h[tap], tap_w[tap]);
 #pragma unroll
     for (int m = 0; m < kStripsA; ++m)
 #pragma unroll

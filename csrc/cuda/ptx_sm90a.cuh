@@ -128,11 +128,12 @@ __device__ __forceinline__ void more_registers() {
 
 // ---- products of a warpgroup --------------------------------------------------------------------
 
-// "Matrix Descriptor Format", of a matrix in shared memory without swizzle, K-major ("Shared Memory
-// Matrix Layout", "Strides"): 8 rows of 16 bytes are neighbours,
+// "Matrix Descriptor Format", of a matrix in shared memory without swizzle ("Shared Memory Matrix
+// Layout", "Strides"). 8 vectors of 16 bytes are neighbours, a core matrix: K-major, 8 rows of 8
+// elements of K; MN-major (transposed), 8 elements of K of 8 rows.
 //
 //     bits  0 - 13   address
-//          16 - 29   leading dimension offset: from the first 16 bytes of K to the second
+//          16 - 29   leading dimension offset: from the first core matrix along K to the second
 //          32 - 45   stride dimension offset: from 8 rows to the next 8
 //          49 - 51   0, base offset, of swizzled matrices
 //          62 - 63   0, no swizzle
@@ -209,39 +210,40 @@ __device__ __forceinline__ void wgmma_pin(float (&sums)[n]) {
 #define DECONV_NAMES_128                                                                       \
   DECONV_NAMES_64 ", %64, %65, %66, %67, %68, %69, " DECONV_T10(7) DECONV_T10(8) DECONV_T10(9) \
       DECONV_T10(10) DECONV_T10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
-// The last operands: scale-d 1 (sums are kept), A and B neither negated nor transposed.
-#define DECONV_WGMMA(columns, type, names, a, b, sums)                                         \
+// The last operands: scale-d 1 (sums are kept), A and B not negated, and whether transposed.
+#define DECONV_WGMMA(columns, type, names, a, b, t, sums)                                      \
   asm volatile(                                                                                \
       "{\n.reg .pred keep;\nsetp.eq.u32 keep, 0, 0;\n"                                         \
       "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" names "}, " a \
-      ", " b ", keep, 1, 1, 0, 0;\n}"                                                          \
+      ", " b ", keep, 1, 1, " t ", " t ";\n}"                                                  \
       : sums                                                                                   \
-      : "l"(matrix_a), "l"(matrix_b))
+      : "l"(matrix_a), "l"(matrix_b), "n"(kTransposed))
 
 // sums += A B, "wgmma.mma_async": A 64 x 16 and B 16 x columns by descriptors, T is Float16 or
-// BFloat16. Thread 32 w + 4 g + t has of the sums, in float32 ("Register Fragments"),
+// BFloat16; K-major both, or MN-major if kTransposed. Thread 32 w + 4 g + t has of the sums, in
+// float32 ("Register Fragments"),
 //
 //     sums[i] = D[16 w + g + 8 (i / 2 % 2)][8 (i / 4) + 2 t + i % 2]       i = 0 .. columns / 2
-template <class T, int kSums>
+template <class T, int kTransposed = 0, int kSums>
 __device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t matrix_a, uint64_t matrix_b) {
   static_assert(kSums == 32 || kSums == 64 || kSums == 128, "columns: 64, 128 or 256");
 #if defined(DECONV_CUDA_ON_CPU)
-  emulation::wgmma<T>(sums, 2 * kSums, matrix_a, matrix_b);
+  emulation::wgmma<T>(sums, 2 * kSums, matrix_a, matrix_b, kTransposed);
 #else
   constexpr bool kHalf = std::is_same<T, Float16>::value;
   static_assert(kHalf || std::is_same<T, BFloat16>::value, "16-bit floats");
   if constexpr (kSums == 32 && kHalf)
-    DECONV_WGMMA(64, "f16", DECONV_NAMES_32, "%32", "%33", DECONV_32(DECONV_SUM, 0));
+    DECONV_WGMMA(64, "f16", DECONV_NAMES_32, "%32", "%33", "%34", DECONV_32(DECONV_SUM, 0));
   else if constexpr (kSums == 32)
-    DECONV_WGMMA(64, "bf16", DECONV_NAMES_32, "%32", "%33", DECONV_32(DECONV_SUM, 0));
+    DECONV_WGMMA(64, "bf16", DECONV_NAMES_32, "%32", "%33", "%34", DECONV_32(DECONV_SUM, 0));
   else if constexpr (kSums == 64 && kHalf)
-    DECONV_WGMMA(128, "f16", DECONV_NAMES_64, "%64", "%65", DECONV_64(DECONV_SUM, 0));
+    DECONV_WGMMA(128, "f16", DECONV_NAMES_64, "%64", "%65", "%66", DECONV_64(DECONV_SUM, 0));
   else if constexpr (kSums == 64)
-    DECONV_WGMMA(128, "bf16", DECONV_NAMES_64, "%64", "%65", DECONV_64(DECONV_SUM, 0));
+    DECONV_WGMMA(128, "bf16", DECONV_NAMES_64, "%64", "%65", "%66", DECONV_64(DECONV_SUM, 0));
   else if constexpr (kHalf)
-    DECONV_WGMMA(256, "f16", DECONV_NAMES_128, "%128", "%129", DECONV_128(DECONV_SUM, 0));
+    DECONV_WGMMA(256, "f16", DECONV_NAMES_128, "%128", "%129", "%130", DECONV_128(DECONV_SUM, 0));
   else
-    DECONV_WGMMA(256, "bf16", DECONV_NAMES_128, "%128", "%129", DECONV_128(DECONV_SUM, 0));
+    DECONV_WGMMA(256, "bf16", DECONV_NAMES_128, "%128", "%129", "%130", DECONV_128(DECONV_SUM, 0));
 #endif
 }
 

@@ -1,5 +1,5 @@
-// "wgmma": forward and grad_input of 16-bit types as products of warpgroups, on devices of compute
-// capability 9.0. Configurations are the names of the tiles in configs.h.
+// "wgmma": forward, grad_input and grad_weight of 16-bit types as products of warpgroups, on
+// devices of compute capability 9.0. Configurations are the names of the tiles in configs.h.
 #pragma once
 
 #include <string>
@@ -19,6 +19,7 @@ std::string run_wgmma(Op op, const Params& params, const std::string& config,
 // The kernels of one type, a source file each.
 struct WgmmaKernels {
   void (*gather)(const WgmmaPlan&, void* stream);
+  void (*weight)(const WgmmaWeightPlan&, void* stream);
   bool (*compiled)();  // for sm_90a, not just for sm_90
 };
 extern const WgmmaKernels kWgmmaFloat16, kWgmmaBFloat16;

@@ -34,31 +34,13 @@
 #pragma once
 
 #include "gemm_gather.cuh"
-#include "ptx_sm90a.cuh"
+#include "wgmma_block.cuh"
 #include "wgmma_plan.h"
 
 namespace deconv {
 namespace cuda {
 
-constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaConsumers);
 constexpr int kSourceWarps = 3;
-// Registers a thread: what the compiler gives all of a block of this size, and what copies and
-// products get of them. More than the block was launched with are never to be had, so a sum too
-// large would wait for ever.
-constexpr int kLaunchRegisters = 65536 / kWgmmaThreads / 8 * 8;
-constexpr int kCopyRegisters = 104, kProductRegisters = 200;
-static_assert(kCopyRegisters + kWgmmaConsumers * kProductRegisters <=
-                  (1 + kWgmmaConsumers) * kLaunchRegisters,
-              "see above");
-
-// Which buffer is next, and the parity of the phase that its mbarriers are in.
-struct Ring {
-  int at = 0;
-  unsigned parity = 0;
-  __device__ __forceinline__ void next(int count) {
-    if (++at == count) at = 0, parity ^= 1;
-  }
-};
 
 template <class T, int kTile>
 struct Wgmma {
@@ -154,13 +136,10 @@ struct Wgmma {
   __device__ void stage_source(int thread) {
     static_assert(kMaxPlanes == 2, "see below");
     const PixelAt* list = reinterpret_cast<const PixelAt*>(shared + p.pixels_at);
-    const auto copied = [&](int buffer) {
-      fence_async_proxy();
-      __syncwarp();
-      if (thread % 32 == 0) mbarrier_arrive(full_source + buffer);
-    };
+    // Of two buffers none would be left: the other is free after the first products of this chunk.
+    const bool lag = p.source.vectors && p.source_buffers > 2;
+    Filled filled{full_source};
     Ring ring;
-    int flying = -1;  // the buffer whose copies are in flight
     for_each_tile(
         [](const GatherPlace&) {},
         [&](const GatherPlace& at, const TapGroup& group_h, const TapGroup& group_w) {
@@ -182,24 +161,12 @@ struct Wgmma {
                 p.staged.pixels, p.log_chunk, p.source, at.group, at.n0, at.h0 * p.h.source_step,
                 at.w0 * p.w.source_step,
                 (chunk << p.log_chunk) * static_cast<int>(kVectorBytes / sizeof(T)), thread);
-            if (p.source.vectors && p.source_buffers > 2) {
-              // The copies of this chunk fly while the last one's are waited for. Of two buffers
-              // none would be left then: the other is free after the first products of this chunk.
-              copy_async_commit();
-              copy_async_wait<1>();
-              if (flying >= 0) copied(flying);
-              flying = ring.at;
-            } else {
-              copy_async_commit();
-              copy_async_wait<0>();
-              copied(ring.at);
-            }
+            filled.copied(ring.at, lag);
             ring.next(p.source_buffers);
           }
         },
         [](const GatherPlace&) {});
-    copy_async_wait<0>();
-    if (flying >= 0) copied(flying);
+    filled.finish();
   }
 
   // One step into sums[phase]: operands of the warpgroup at their first tap.
@@ -314,12 +281,6 @@ struct Wgmma {
   }
 };
 
-// Elsewhere than on sm_90a the kernel is empty and takes no block of this size; see wgmma.cpp.
-#if DECONV_SM90A
-#define DECONV_WGMMA_THREADS kWgmmaThreads
-#else
-#define DECONV_WGMMA_THREADS 32
-#endif
 template <class T, int kTile>
 __global__ __launch_bounds__(DECONV_WGMMA_THREADS,
                              1) void wgmma_kernel(const __grid_constant__ WgmmaPlan p) {
@@ -327,7 +288,6 @@ __global__ __launch_bounds__(DECONV_WGMMA_THREADS,
   Wgmma<T, kTile>(p).run();
 #endif
 }
-#undef DECONV_WGMMA_THREADS
 
 }  // namespace cuda
 }  // namespace deconv

@@ -303,12 +303,21 @@ struct Descriptor {
     const uint32_t plain = start + r / 8 * stride + r % 8 * width + h * 16;
     return plain ^ ((plain >> 7 & (width / 16 - 1)) << 4);
   }
+
+  // Where 8 rows, from 8 * vector on, of the k-th element of K lie, MN-major without swizzle: a
+  // core matrix is 8 elements of K by 16 bytes of rows; `stride` leads to the next rows, `leading`
+  // to the other half of K.
+  uint32_t transposed_address(int vector, int k) const {
+    return start + static_cast<uint32_t>(vector) * stride + static_cast<uint32_t>(k / 8) * leading +
+           static_cast<uint32_t>(k % 8) * 16;
+  }
 };
 
 struct Product {
   float* sums;
   int columns;
   uint64_t a, b;
+  bool transposed;
   Site site;
 };
 
@@ -316,9 +325,14 @@ template <class T>
 void read_matrix(const Descriptor& d, int rows, int lane0, const Product& p, const uint32_t* seen,
                  const uint32_t* fenced, std::vector<float>& to, std::vector<size_t> (&reads)[4],
                  bool is_a) {
-  for (int row = 0; row < rows; ++row)
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t address = d.address(row, half);
+  if (p.transposed && d.swizzle != 0)
+    fail(lane0, p.site, "multiplies transposed matrices with a swizzle, which is not modelled");
+  // `outer` and `inner` are row and half of K, or 8 rows and an element of K.
+  for (int outer = 0; outer < (p.transposed ? rows / 8 : rows); ++outer)
+    for (int inner = 0; inner < (p.transposed ? 16 : 2); ++inner) {
+      const uint32_t address =
+          p.transposed ? d.transposed_address(outer, inner) : d.address(outer, inner);
+      const int row = p.transposed ? outer * 8 : outer;
       unsigned char* from = machine.shared + (static_cast<int64_t>(address) - kWindow);
       if (address < kWindow || !in_shared(from, 16))
         fail(lane0, p.site, "out of bounds: multiplies row %d of %s at byte %lld of shared memory",
@@ -329,8 +343,9 @@ void read_matrix(const Descriptor& d, int rows, int lane0, const Product& p, con
       for (int i = warp; i < warp + warps; ++i) reads[i].push_back(shared_offset(from));
       T values[8];
       std::memcpy(values, from, 16);
-      for (int k = 0; k < 8; ++k)
-        to[static_cast<size_t>(row * 16 + half * 8 + k)] = deconv::to_float(values[k]);
+      for (int i = 0; i < 8; ++i)
+        to[static_cast<size_t>(p.transposed ? (row + i) * 16 + inner : row * 16 + inner * 8 + i)] =
+            deconv::to_float(values[i]);
     }
 }
 
@@ -348,7 +363,8 @@ void multiply(void* const* lanes) {
   };
   const Product& p = of(0);
   for (int lane = 1; lane < kWarpgroup; ++lane)
-    if (of(lane).a != p.a || of(lane).b != p.b || of(lane).columns != p.columns)
+    if (of(lane).a != p.a || of(lane).b != p.b || of(lane).columns != p.columns ||
+        of(lane).transposed != p.transposed)
       fail(lane0 + lane, p.site, "multiplies other matrices than lane 0 of its warpgroup");
   // What all of its lanes have seen; nothing changes while it issues one product after another.
   static std::vector<uint32_t> seen, fenced;
@@ -414,15 +430,15 @@ void wgmma_fence() {
 }
 
 template <class T>
-void wgmma(float* sums, int columns, uint64_t a, uint64_t b) {
+void wgmma(float* sums, int columns, uint64_t a, uint64_t b, bool transposed) {
   start_clocks();
   if (columns % 8 || columns < 8 || columns > 256)
     fail(machine.thread, SITE, "multiplies by %d columns", columns);
-  Product mine{sums, columns, a, b, SITE};
+  Product mine{sums, columns, a, b, transposed, SITE};
   collective(SITE, multiply<T>, &mine, kWarpgroup);
 }
-template void wgmma<deconv::Float16>(float*, int, uint64_t, uint64_t);
-template void wgmma<deconv::BFloat16>(float*, int, uint64_t, uint64_t);
+template void wgmma<deconv::Float16>(float*, int, uint64_t, uint64_t, bool);
+template void wgmma<deconv::BFloat16>(float*, int, uint64_t, uint64_t, bool);
 
 void wgmma_commit() { ++current().product_groups; }
 

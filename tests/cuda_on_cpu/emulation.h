@@ -100,7 +100,7 @@ void fence_async_proxy();
 void copy_bulk(void* s_to, const void* from, int bytes, void* s_barrier);
 void wgmma_fence();
 template <class T>
-void wgmma(float* sums, int columns, uint64_t a, uint64_t b);
+void wgmma(float* sums, int columns, uint64_t a, uint64_t b, bool transposed);
 void wgmma_commit();
 void wgmma_wait(int groups);
 

@@ -98,6 +98,7 @@ enum ProductMistake {
   kOutOfBounds,
   kEarlyProduct,
   kOffsetsExchanged,
+  kTransposedOffsetsExchanged,
 };
 
 struct ProductArguments {
@@ -113,6 +114,38 @@ __device__ void stage(T* s, const T* from, int count, int stride, int stride_k) 
     const int index = i / 16, k = i % 16;
     s[(k / 8 * count + index) * 8 + k % 8] = from[index * stride + k * stride_k];
   }
+}
+
+// s[index / 8][k][8], the same for transposed matrices
+template <class T>
+__device__ void stage_transposed(T* s, const T* from, int count, int stride, int stride_k) {
+  for (int i = static_cast<int>(threadIdx.x); i < count * 16; i += kWarpgroup) {
+    const int index = i / 16, k = i % 16;
+    s[(index / 8 * 16 + k) * 8 + index % 8] = from[index * stride + k * stride_k];
+  }
+}
+
+template <class T, int kColumns, ProductMistake kMistake>
+__global__ void transposed_product(ProductArguments a) {
+  T* s_a = shared_memory<T>();
+  T* s_b = s_a + 64 * 16;
+  stage_transposed(s_a, static_cast<const T*>(a.x), 64, 16, 1);
+  stage_transposed(s_b, static_cast<const T*>(a.w), kColumns, 1, kColumns);
+  fence_async_proxy();
+  __syncthreads();
+  float sums[kColumns / 2];
+  for (float& sum : sums) sum = 0;
+  wgmma_fence();
+  // To the other half of K it is 8 vectors, to the next 8 rows 16.
+  constexpr bool kExchanged = kMistake == kTransposedOffsetsExchanged;
+  wgmma<T, 1>(sums, matrix_descriptor(s_a, 8, 16),
+              kExchanged ? matrix_descriptor(s_b, 16, 8) : matrix_descriptor(s_b, 8, 16));
+  wgmma_commit();
+  wgmma_wait<0>();
+  const int t = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < kColumns / 2; ++i)
+    a.y[(t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * kColumns + i / 4 * 8 + t % 4 * 2 + i % 2] =
+        sums[i];
 }
 
 template <class T, int kColumns, ProductMistake kMistake>
@@ -208,6 +241,10 @@ const Kernels kAsynchronous = {
     {"product_float16_64", run<product<Float16, 64, kRight>, 64>},
     {"product_float16_128", run<product<Float16, 128, kRight>, 128>},
     {"product_float16_256", run<product<Float16, 256, kRight>, 256>},
+    {"product_transposed_64", run<transposed_product<Float16, 64, kRight>, 64>},
+    {"product_transposed_256", run<transposed_product<Float16, 256, kRight>, 256>},
+    {"product_transposed_wrong_64",
+     run<transposed_product<Float16, 64, kTransposedOffsetsExchanged>, 64>},
     {"product_bfloat16_64", run<product<BFloat16, 64, kRight>, 64>},
     {"product_bfloat16_256", run<product<BFloat16, 256, kRight>, 256>},
     {"product_of_copy", run<product_of_copy<kRight>, 64>},
