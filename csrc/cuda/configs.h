@@ -105,10 +105,9 @@ struct WgmmaWeightTile {
 };
 
 constexpr WgmmaWeightTile kWgmmaWeightTiles[] = {
-    {"128x256x1", 128, 256,
-     1},  // 0: the fewest bytes for a product, where no pixel of dy is shared
-    {"128x128x2", 128, 128, 2},  // 1: up to 128 channels of dy, or taps that share pixels
-    {"128x64x4", 128, 64, 4},    // 2: up to 64 channels of dy
+    {"128x256x1", 128, 256, 1},  // 0: reads the least of shared memory for a product
+    {"128x128x2", 128, 128, 2},  // 1: up to 128 channels of dy, or two taps that share pixels
+    {"128x64x4", 128, 64, 4},    // 2: up to 64 channels of dy, or four taps
 };
 constexpr int kWgmmaWeightTileCount = sizeof(kWgmmaWeightTiles) / sizeof(WgmmaWeightTile);
 
