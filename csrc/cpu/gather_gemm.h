@@ -45,26 +45,18 @@ struct GatherGemm {
     int64_t count, groups;
   };
 
-  // Where the sums of a tile go.
-  TileTarget<T> target_of(const GatherClass& g, int64_t group, int64_t chunk, int64_t rows,
-                          int64_t row, const TilePlace& place, int64_t t, bool last, T* sums,
-                          const T* bias) const {
-    if (!place.direct)
-      return {sums + plan.sum_at(g.first_row + row, t * plan.pixel_width), plan.sum_pitch(),
-              tile.rows, false, nullptr};
+  // Where a tile of rows goes in the target, for pixels whose first element is at zero.
+  TileTarget<T> in_target(const GatherClass& g, int64_t group, int64_t chunk, int64_t rows,
+                          int64_t row, const T* bias) const {
     const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
     // Vectors of rows lie within one phase; vectors of pixels are those of the only phase.
-    const int64_t phase = plan.rows_across ? row / rows : 0,
-                  first = plan.rows_across ? row % rows : row;
-    const int64_t th = place.run->jh * plan.h.target_step + h.first_phase +
-                       (plan.rows_across ? phase / w.phases : 0);
-    const int64_t tw = place.run->jw * plan.w.target_step + w.first_phase +
-                       (plan.rows_across ? phase % w.phases : 0);
+    const int64_t phase = plan.rows_across ? row / rows : 0, first = row - phase * rows;
     T* c = static_cast<T*>(plan.target.data) +
-           plan.target.at(place.run->n, group * plan.rows + chunk * plan.row_chunk + first, th, tw);
+           plan.target.at(0, group * plan.rows + chunk * plan.row_chunk + first,
+                          h.first_phase + phase / w.phases, w.first_phase + phase % w.phases);
     if (plan.rows_across)
       return {c, plan.w.target_step * plan.target.stride[3], tile.rows, false,
-              last && bias ? bias + first : nullptr};
+              bias ? bias + first : nullptr};
     return {c, plan.target.stride[1], min_of<int64_t>(tile.rows, rows - first), false, nullptr};
   }
 
@@ -91,6 +83,8 @@ struct GatherGemm {
       // For which pixels and weights the segments were listed, while other tiles may share them.
       const T *base = nullptr, *base_w = nullptr;
       bool base_in_place = false;
+      TileTarget<T> target{};  // of the row that was last written to the target itself
+      int64_t target_row = -1;
       // Weights stay in L1 while packed pixels stream by. Taps of flat pixels overlap, but lie
       // strewn: there the pixels stay.
       const int64_t inner = plan.flat ? row_tiles : tiles;
@@ -116,8 +110,15 @@ struct GatherGemm {
             base_in_place = in_place;
           }
           base_w = w;
-          TileTarget<T> to =
-              target_of(g, group, chunk, rows, row, places[t], t, last_block, sums, bias);
+          TileTarget<T> to{sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
+                           plan.sum_pitch(), tile.rows, false, nullptr};
+          if (places[t].target >= 0) {
+            if (target_row != row)
+              target = in_target(g, group, chunk, rows, row, last_block ? bias : nullptr);
+            target_row = row;
+            to = target;
+            to.c += places[t].target;
+          }
           const T* last_bias = to.bias;
           for (int64_t part = 0; part < segments.groups; ++part) {
             const int64_t first = segments.group_begin[part],
@@ -216,7 +217,7 @@ struct GatherGemm {
     const int64_t run_count = pack.list_runs(first_tile, tiles, runs);
     pack.place_tiles(runs, run_count, tiles, places);
     const auto is_packed = [&](int64_t t) { return places[t].source < 0; };
-    const auto is_stored = [&](int64_t t) { return !places[t].direct; };
+    const auto is_stored = [&](int64_t t) { return places[t].target < 0; };
     const int64_t packed_count = pack.join_runs(runs, run_count, is_packed, packed);
     const int64_t stored_count = pack.join_runs(runs, run_count, is_stored, stored);
     const bool one_panel = plan.channel_block >= plan.channels && plan.offset_block >= offsets;

@@ -20,7 +20,7 @@ struct PixelRun {
 struct TilePlace {
   const PixelRun* run;  // of all its pixels, if every tap of every pixel exists; else null
   int64_t source;       // element of its first pixel, if it is read where it is; else -1: packed
-  bool direct;          // its sums are written to the target by the product itself
+  int64_t target;       // the same of the target, if the product itself writes it; else -1: summed
 };
 
 template <class S>
@@ -217,7 +217,10 @@ struct GatherPack {
                              ? plan.source.at(first->n, 0, first->jh * plan.h.source_step,
                                               first->jw * plan.w.source_step)
                              : -1;
-      places[t].direct = inside && plan.target_in_place && has_all_targets(*first);
+      places[t].target = inside && plan.target_in_place && has_all_targets(*first)
+                             ? plan.target.at(first->n, 0, first->jh * plan.h.target_step,
+                                              first->jw * plan.w.target_step)
+                             : -1;
     }
   }
 
