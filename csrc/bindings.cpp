@@ -630,7 +630,8 @@ py::dict compiled() {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+// Calls run without the GIL as it is; what they share is atomic, locked or a thread's own.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> nogil;
   m.doc() = "Kernels of deconv_ext; use deconv_ext.functional instead of calling these directly.";
