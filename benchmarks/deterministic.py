@@ -17,7 +17,7 @@ import deconv_ext
 LAYERS = (((64, 32, 4, 2, 1), 32), ((64, 32, 2, 2), 32), ((64, 64, 4, 2, 1, 0, 64), 32))
 #: (deterministic, filled)
 MODES = ((False, False), (True, True), (True, False))
-ROUNDS = 5
+ROUNDS = 15
 
 
 @contextmanager
