@@ -17,8 +17,9 @@
 #pragma once
 
 #include "../parallel.h"
-#include "gather_pack.h"
+#include "gather_pixels.h"
 #include "gather_store.h"
+#include "gather_weights.h"
 #include "microkernel.h"
 #include "profile.h"
 #include "scratch.h"
@@ -33,7 +34,8 @@ struct GatherGemm {
 
   const GatherPlan& plan;
   const Tile<T>& tile;
-  GatherPack<S> pack;
+  GatherWeights<S> weight_pack;
+  GatherPixels<S> pixel_pack;
   GatherStore<S> store;
 
   // Segments in groups that are summed apart. A group ends at fixed places of K = (tap, channel),
@@ -64,8 +66,9 @@ struct GatherGemm {
                              int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
                              const T* panel, const bool* present, SegmentList& segments,
                              int64_t* row_offsets, T* sums, const T* bias) const {
-    const T* packed = pack.weights + ((group * plan.row_chunks + chunk) * plan.channels + c0) *
-                                         plan.weights_per_channel;
+    const T* packed =
+        weight_pack.packed +
+        ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
     const T* source = static_cast<const T*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
     const bool accumulate = c0 + u0 > 0,
@@ -214,12 +217,12 @@ struct GatherGemm {
     };
     carve(thread_scratch(carve(nullptr)));
 
-    const int64_t run_count = pack.list_runs(first_tile, tiles, runs);
-    pack.place_tiles(runs, run_count, tiles, places);
+    const int64_t run_count = pixel_pack.list_runs(first_tile, tiles, runs);
+    pixel_pack.place_tiles(runs, run_count, tiles, places);
     const auto is_packed = [&](int64_t t) { return places[t].source < 0; };
     const auto is_stored = [&](int64_t t) { return places[t].target < 0; };
-    const int64_t packed_count = pack.join_runs(runs, run_count, is_packed, packed);
-    const int64_t stored_count = pack.join_runs(runs, run_count, is_stored, stored);
+    const int64_t packed_count = pixel_pack.join_runs(runs, run_count, is_packed, packed);
+    const int64_t stored_count = pixel_pack.join_runs(runs, run_count, is_stored, stored);
     const bool one_panel = plan.channel_block >= plan.channels && plan.offset_block >= offsets;
     for (int64_t chunk = first_chunk; chunk < first_chunk + chunks; ++chunk) {
       store.load_bias(group, chunk, bias);
@@ -231,8 +234,8 @@ struct GatherGemm {
                         u = min_of(plan.offset_block, offsets - u0);
           if (!one_panel || chunk == first_chunk)
             in_phase(Phase::kPack, [&] {
-              pack.pack_pixels(group, first_tile * plan.pixel_width, runs, run_count, packed,
-                               packed_count, places, tiles, c0, channels, u0, u, panel, present);
+              pixel_pack.pack(group, first_tile * plan.pixel_width, runs, run_count, packed,
+                              packed_count, places, tiles, c0, channels, u0, u, panel, present);
             });
           in_phase(Phase::kProduct, [&] {
             multiply(group, chunk, tiles, places, c0, channels, u0, u, panel, present, segments,
@@ -259,13 +262,13 @@ void gather_gemm(Op op, const Params& params, int threads) {
       plan_gather(op, params, shapes, kTiles, kLanes<T>, sizeof(S), sizeof(T), threads);
 
   T* packed = static_cast<T*>(call_scratch(plan.weight_elements() * sizeof(T)));
-  const GatherGemm<S> gemm{plan, Tiles<T>::list[plan.tile], {plan, packed}, {plan}};
+  const GatherGemm<S> gemm{plan, Tiles<T>::list[plan.tile], {plan, packed}, {plan}, {plan}};
   const int64_t channel_blocks = (plan.channels + plan.channel_block - 1) / plan.channel_block;
   parallel_for(plan.groups * plan.row_chunks * channel_blocks, threads, [&](int64_t task) {
     const int64_t c0 = task % channel_blocks * plan.channel_block, rest = task / channel_blocks;
     in_phase(Phase::kWeights, [&] {
-      gemm.pack.pack_weights(rest / plan.row_chunks, rest % plan.row_chunks, c0,
-                             min_of(plan.channel_block, plan.channels - c0));
+      gemm.weight_pack.pack(rest / plan.row_chunks, rest % plan.row_chunks, c0,
+                            min_of(plan.channel_block, plan.channels - c0));
     });
   });
 

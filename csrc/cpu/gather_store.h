@@ -4,7 +4,7 @@
 
 #include "../reference/elements.h"
 #include "activate.h"
-#include "gather_pack.h"
+#include "gather_pixels.h"
 #include "interleave.h"
 
 namespace deconv {

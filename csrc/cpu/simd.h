@@ -192,6 +192,11 @@ inline Vector<T> load_every(const S* p, int64_t count) {
   }
 }
 
+template <class T>
+inline void clear(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
 // A loop over vectors would become a call of memcpy, which costs more than the few there are.
 template <class T>
 inline void copy_vectors(T* to, const T* from, int64_t vectors) {

@@ -1,8 +1,7 @@
-// Packing for the gather product (gather_gemm.h): weights once a call, pixels once a block.
+// Packing the pixels of the gather product (gather_gemm.h), once a block.
 #pragma once
 
 #include "gather.h"
-#include "scratch.h"
 #include "simd.h"
 
 namespace deconv {
@@ -24,141 +23,10 @@ struct TilePlace {
 };
 
 template <class S>
-struct GatherPack {
+struct GatherPixels {
   using T = typename Arithmetic<S>::type;
 
   const GatherPlan& plan;
-  T* weights;  // packed
-
-  // -------------------------------------------------------------------------------------------------------------------------
-  // Weights
-
-  static constexpr int64_t kScatter =
-      512;  // kernel elements handled at a time: as many places are written to in turn
-
-  // Packs the channels [c0, c0 + channels) of one chunk. The source is read in its own order, one
-  // channel after the other: every kernel element has one place in the packed panel.
-  DECONV_PHASE void pack_weights(int64_t group, int64_t chunk, int64_t c0, int64_t channels) const {
-    const int64_t first = chunk * plan.row_chunk, rows = min_of(plan.row_chunk, plan.rows - first);
-    T* panel = weights +
-               ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
-    if (plan.padded_weights || rows < plan.row_chunk)
-      clear(panel, channels * plan.weights_per_channel);
-    const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group +
-                      c0 * plan.weight.channel + first * plan.weight.row;
-
-    if (vectorizable()) return pack_weights_by_vectors(source, rows, channels, panel);
-    int64_t from[kScatter], to[kScatter];
-    int64_t count = 0;
-    const auto flush = [&] {
-      for (int64_t c = 0; c < channels; ++c) {
-        const S* x = source + c * plan.weight.channel;
-        T* y = panel + c * plan.row_width;
-        for (int64_t i = 0; i < count; ++i) y[to[i]] = convert<T>(x[from[i]]);
-      }
-      count = 0;
-    };
-    for (const GatherClass& g : plan.classes) {
-      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-      const int64_t taps_h = h.offsets.size(), taps_w = w.offsets.size();
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t rh = 0; rh < h.phases; ++rh)
-          for (int64_t rw = 0; rw < w.phases; ++rw) {
-            const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
-            const int64_t base =
-                channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
-                local % plan.row_width;
-            for (int64_t th = 0; th < taps_h; ++th)
-              for (int64_t tw = 0; tw < taps_w; ++tw) {
-                const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
-                if (kh < 0 || kw < 0) continue;
-                from[count] =
-                    row * plan.weight.row + kh * plan.weight.kernel_h + kw * plan.weight.kernel_w;
-                to[count] = base + (th * taps_w + tw) * channels * plan.row_width;
-                if (++count == kScatter) flush();
-              }
-          }
-    }
-    flush();
-  }
-
-  // One phase a class, so that neighbouring rows are neighbouring lanes, and some axis of the
-  // weight contiguous: whole vectors are moved.
-  bool vectorizable() const {
-    bool single = true;
-    for (const PhaseClass& c : plan.h.classes) single &= c.phases == 1;
-    for (const PhaseClass& c : plan.w.classes) single &= c.phases == 1;
-    return single && (kernel_contiguous() || plan.weight.channel == 1 || plan.weight.row == 1);
-  }
-  bool kernel_contiguous() const {
-    return plan.weight.kernel_w == 1 && plan.weight.kernel_h == plan.params.problem.w.kernel;
-  }
-
-  DECONV_PHASE void pack_weights_by_vectors(const S* source, int64_t rows, int64_t channels,
-                                            T* panel) const {
-    constexpr int64_t kN = kLanes<T>;
-    // Where a kernel element goes: its first tile of rows, and how far the next tile is. Elements
-    // without an input have no place.
-    struct Place {
-      int64_t first, next_tile;
-    };
-    const int64_t elements = plan.params.problem.h.kernel * plan.params.problem.w.kernel;
-    Place* places = static_cast<Place*>(thread_scratch(elements * sizeof(Place)));
-    for (int64_t k = 0; k < elements; ++k) places[k].first = -1;
-    for (const GatherClass& g : plan.classes) {
-      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-      const int64_t taps_w = w.offsets.size();
-      for (int64_t tap = 0; tap < g.taps; ++tap)
-        places[h.k[tap / taps_w] * plan.params.problem.w.kernel + w.k[tap % taps_w]] = {
-            channels * (g.first_weight + tap * plan.row_width), channels * g.taps * plan.row_width};
-    }
-    const int64_t step = min_of(kN, plan.row_width);
-    for (int64_t tile = 0; tile * plan.row_width < rows; ++tile)
-      for (int64_t lane = 0; lane < plan.row_width && tile * plan.row_width + lane < rows;
-           lane += step) {
-        const int64_t row = tile * plan.row_width + lane;
-        const int64_t count = min_of(min_of(step, plan.row_width - lane), rows - row);
-        const S* from = source + row * plan.weight.row;
-        const auto put = [&](int64_t k, int64_t c, Vector<T> v) {
-          if (places[k].first < 0) return;
-          T* place =
-              panel + places[k].first + tile * places[k].next_tile + c * plan.row_width + lane;
-          store_first(place, v, count);
-        };
-        // A square of rows times the contiguous axis, `left` elements of it, transposed.
-        const auto load_square = [&](const S* corner, int64_t left, Vector<T>* square) {
-          for (int64_t i = 0; i < kN; ++i)
-            square[i] =
-                i < count ? load_every<T, 1>(corner + i * plan.weight.row, left) : Vector<T>{};
-          transpose_step<T, kN / 2>(square);
-        };
-        Vector<T> square[kN];
-        if (kernel_contiguous()) {
-          for (int64_t c = 0; c < channels; ++c)
-            for (int64_t k = 0; k < elements; k += kN) {
-              load_square(from + c * plan.weight.channel + k, elements - k, square);
-              for (int64_t j = 0; j < min_of(kN, elements - k); ++j) put(k + j, c, square[j]);
-            }
-          continue;
-        }
-        for (int64_t k = 0; k < elements; ++k) {
-          const S* element = from + k / plan.params.problem.w.kernel * plan.weight.kernel_h +
-                             k % plan.params.problem.w.kernel * plan.weight.kernel_w;
-          if (plan.weight.row == 1) {
-            for (int64_t c = 0; c < channels; ++c)
-              put(k, c, load_every<T, 1>(element + c * plan.weight.channel, count));
-            continue;
-          }
-          for (int64_t c = 0; c < channels; c += kN) {
-            load_square(element + c, channels - c, square);
-            for (int64_t j = 0; j < min_of(kN, channels - c); ++j) put(k, c + j, square[j]);
-          }
-        }
-      }
-  }
-
-  // -------------------------------------------------------------------------------------------------------------------------
-  // Pixels
 
   // Splits the tiles [first_tile, first_tile + tiles) into runs.
   DECONV_PHASE int64_t list_runs(int64_t first_tile, int64_t tiles, PixelRun* runs) const {
@@ -265,10 +133,10 @@ struct GatherPack {
   // Packs one block of channels x offsets for all tiles of the block that are not read where they
   // are; `joined` are the runs of these. present[tile][offset] tells whether any pixel has a source
   // there.
-  void pack_pixels(int64_t group, int64_t first_pixel, const PixelRun* runs, int64_t run_count,
-                   const PixelRun* joined, int64_t joined_count, const TilePlace* places,
-                   int64_t tiles, int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
-                   T* panel, bool* present) const {
+  void pack(int64_t group, int64_t first_pixel, const PixelRun* runs, int64_t run_count,
+            const PixelRun* joined, int64_t joined_count, const TilePlace* places, int64_t tiles,
+            int64_t c0, int64_t channels, int64_t u0, int64_t offsets, T* panel,
+            bool* present) const {
     const S* source = static_cast<const S*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
     const PixelRun* first = runs;
@@ -494,10 +362,6 @@ struct GatherPack {
     const int64_t pixels = last == first ? 0 : (last - 1)->at + (last - 1)->count - first_pixel;
     for (int64_t pixel = pixels; pixel < plan.pixel_width; ++pixel)
       clear(to + pixel * offsets * channels, offsets * channels);
-  }
-
-  static void clear(T* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
   }
 };
 
