@@ -61,8 +61,16 @@ def test_the_graph_holds_our_operator_once():
     assert graphs == [[torch.ops.deconv_ext.conv_transpose2d]]
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("layout", "dynamic"),
+    [
+        (torch.contiguous_format, False),
+        pytest.param(torch.contiguous_format, True, marks=pytest.mark.slow),
+        pytest.param(torch.channels_last, False, marks=pytest.mark.slow),
+        (torch.channels_last, True),
+    ],
+    ids=["static", "dynamic", "static-channels_last", "dynamic-channels_last"],
+)
 def test_inductor(layout, dynamic):
     """A network whose neighbours are fused into kernels of Inductor's, which trusts our strides."""
     model = nn.Sequential(

@@ -72,6 +72,7 @@ def test_exported_program_in_another_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_aot_inductor_package(tmp_path):
     """Compiled ahead of time and loaded, by Python and by a program without Python code."""
     model = nn.Sequential(layer_of("same"), nn.ReLU()).eval()
