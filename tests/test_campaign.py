@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from deconv_ext import bench, bench_table
+from deconv_ext.activation import FUNCTIONS
 from deconv_ext.bench_contenders import LAYOUTS, PRECISIONS
 from deconv_ext.testing import EDGE, LAYERS, load_layers
 
@@ -145,6 +146,13 @@ def test_each_part_of_a_kernel_is_probed(found: Found) -> None:
     for row in rows:
         assert row["algo"] == "gemm" and row["rate"] > 0 and row["ceiling"] > 0
         assert row["unit"] == ("TFLOP/s" if row["probe"] == "main loop" else "GB/s")
+
+
+def test_activations_are_timed_fused_and_apart(found: Found) -> None:
+    rows = found["8-activations"]["rows"]
+    assert len(rows) > 10 and {row["op"] for row in rows} == {"forward", "step"}
+    assert {row["activation"] for row in rows} == set(FUNCTIONS)
+    assert all(min(row["fused_us"], row["ours_us"], row["torch_us"]) > 0 for row in rows)
 
 
 def test_summary_and_picture(dry: tuple[Path, str], found: Found) -> None:
@@ -382,11 +390,11 @@ def test_without_a_gpu_only_a_dry_run_is_possible(capsys: pytest.CaptureFixture)
     assert exit.value.code == 2 and "no CUDA device; --dry" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stages", ["8", "", "1;2"])
+@pytest.mark.parametrize("stages", ["9", "", "1;2"])
 def test_unknown_stages_are_refused(stages: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         driver.parse(["--dry", "--stages", stages])
-    assert f"want some of 1,2,3,4,5,6,7, got {stages!r}" in capsys.readouterr().err
+    assert f"want some of 1,2,3,4,5,6,7,8, got {stages!r}" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_a_line_instead_of_a_picture(

@@ -23,7 +23,7 @@ import torch
 
 from deconv_ext.bench_machine import commit, device_name
 
-from . import correctness, probes, report, sanitizer, stages
+from . import activations, correctness, probes, report, sanitizer, stages
 from .context import Context
 from .journal import RESTART
 
@@ -53,6 +53,7 @@ FUNCTIONS = {
     "timings": stages.timings,
     "tuning": stages.tuning,
     "probes": probes.probes,
+    "activations": activations.activations,
 }
 FOREVER = 1e9
 #: In the order of value. torch's plans with and without cuDNN's search need a process each.
@@ -65,6 +66,7 @@ PARTS = (
     Part(5, "timings", "tuned", 28),
     Part(6, "tuning", "", 10),
     Part(7, "probes", "", 3),
+    Part(8, "activations", "", 2),
     Part(5, "timings", "torch", 8),
     Part(1, "environment", "tuned", 4),
 )
@@ -74,8 +76,8 @@ NEEDS_GPU = """needs a GPU, and is left out of a dry run:
   2 a build from nothing (the cached one stands in)
   3 matrix and checks on CUDA (the CPU's kernels stand in); graph replay, streams, two devices
   4 compute-sanitizer (the same calls run without it)
-  5, 6, 7 CUDA events and graphs, cuDNN's search (the clock and torch's CPU operator stand in)"""
-STAGES = range(1, 8)
+  5, 6, 7, 8 CUDA events and graphs, cuDNN's search (the clock and torch's CPU operator stand in)"""
+STAGES = range(1, 9)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from deconv_ext.bench_table import Row
 
 FILES = (
     *("1-environment", "2-build", "3-correctness", "4-sanitizer"),
-    *("5-timings", "6-tuning", "7-probes"),
+    *("5-timings", "6-tuning", "7-probes", "8-activations"),
 )
 
 
@@ -95,12 +96,23 @@ def _probes(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def _activations(content: dict[str, Any]) -> list[str]:
+    """How many times as fast as separate operators, on average."""
+    ratios: dict[tuple[str, ...], list[float]] = {}
+    for row in content["rows"]:
+        key = (row["dtype"], row["op"], row["activation"])
+        ratios.setdefault(key, []).append(row["ours_us"] / row["fused_us"])
+    means = {key: statistics.geometric_mean(each) for key, each in ratios.items()}
+    return ["", *(f"* {' '.join(key)}: {mean:.2f}x" for key, mean in means.items())]
+
+
 FINDINGS = {
     "2-build": _build,
     "3-correctness": _correctness,
     "4-sanitizer": _sanitizer,
     "5-timings": _timings,
     "7-probes": _probes,
+    "8-activations": _activations,
 }
 
 
