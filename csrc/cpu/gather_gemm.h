@@ -66,9 +66,7 @@ struct GatherGemm {
                              int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
                              const T* panel, const bool* present, SegmentList& segments,
                              int64_t* row_offsets, T* sums, const T* bias) const {
-    const T* packed =
-        weight_pack.packed +
-        ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
+    const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
     const bool accumulate = c0 + u0 > 0,

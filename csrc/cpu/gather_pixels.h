@@ -17,9 +17,8 @@ struct PixelRun {
 
 // How a tile of pixels meets memory.
 struct TilePlace {
-  const PixelRun* run;  // of all its pixels, if every tap of every pixel exists; else null
-  int64_t source;       // element of its first pixel, if it is read where it is; else -1: packed
-  int64_t target;       // the same of the target, if the product itself writes it; else -1: summed
+  int64_t source;  // element of its first pixel, if it is read where it is; else -1: packed
+  int64_t target;  // the same of the target, if the product itself writes it; else -1: summed
 };
 
 template <class S>
@@ -80,7 +79,6 @@ struct GatherPixels {
       const PixelRun* first = run;
       while (run < runs + run_count && run->at < (t + 1) * plan.pixel_width) ++run;
       const bool inside = run == first + 1 && has_all_taps(*first);
-      places[t].run = inside ? first : nullptr;
       places[t].source = inside && plan.source_in_place
                              ? plan.source.at(first->n, 0, first->jh * plan.h.source_step,
                                               first->jw * plan.w.source_step)

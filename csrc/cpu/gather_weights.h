@@ -16,6 +16,12 @@ struct GatherWeights {
   const GatherPlan& plan;
   T* packed;
 
+  // Where the channels from c0 on of one chunk are.
+  T* panel_of(int64_t group, int64_t chunk, int64_t c0) const {
+    return packed +
+           ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
+  }
+
   static constexpr int64_t kScatter =
       512;  // kernel elements handled at a time: as many places are written to in turn
 
@@ -23,8 +29,7 @@ struct GatherWeights {
   // channel after the other: every kernel element has one place in the packed panel.
   DECONV_PHASE void pack(int64_t group, int64_t chunk, int64_t c0, int64_t channels) const {
     const int64_t first = chunk * plan.row_chunk, rows = min_of(plan.row_chunk, plan.rows - first);
-    T* panel = packed +
-               ((group * plan.row_chunks + chunk) * plan.channels + c0) * plan.weights_per_channel;
+    T* panel = panel_of(group, chunk, c0);
     if (plan.padded_weights || rows < plan.row_chunk)
       clear(panel, channels * plan.weights_per_channel);
     const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group +
