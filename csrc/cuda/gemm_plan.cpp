@@ -228,25 +228,9 @@ WeightPlan fill_weight(const Params& params, Product product, int tile_index,
   return p;
 }
 
-template <class Tile, size_t count>
-int find_tile(const Tile (&tiles)[count], unsigned compiled, const std::string& name) {
-  std::string names;
-  for (size_t i = 0; i < count; ++i) {
-    if (!(compiled >> i & 1)) continue;
-    if (name == tiles[i].name) return static_cast<int>(i);
-    names += std::string(names.empty() ? "" : ", ") + tiles[i].name;
-  }
-  throw std::invalid_argument("the tile '" + name + "' is not one of " + names);
-}
-
 template <class Plan>
 bool fits(const Plan& plan, const Device& device) {
   return plan.shared_bytes <= device.shared_bytes && plan.blocks <= 0x7fffffff;
-}
-
-[[noreturn]] void does_not_fit(const std::string& name) {
-  throw std::invalid_argument((name.empty() ? "no tile" : "the tile '" + name + "' does not") +
-                              " fit shared memory with this kernel, dilation and stride");
 }
 
 // Phases that should share a thread: a thread then writes whole runs of an NCHW row. It sets the
@@ -261,6 +245,12 @@ int wanted_phases(Op op, const Problem& q, unsigned compiled) {
 }
 
 }  // namespace
+
+void does_not_fit(const std::string& name) {
+  throw std::invalid_argument(
+      (name.empty() ? "no tile fits" : "the tile '" + name + "' does not fit") +
+      " shared memory with this kernel, dilation and stride");
+}
 
 AxisTable make_axis_table(const AxisTaps& taps, int phases, int max_group_taps) {
   AxisTable t{};

@@ -20,6 +20,7 @@
 // phases share a thread, never on the batch or the tile.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 
 #include "../params.h"
@@ -128,15 +129,32 @@ struct Device {
 // The condition that fails, or null.
 const char* decline_gemm(Op op, const Params& params);
 
-// What does not depend on the pixels of a tile: operands, tables, rows and chunks of channels.
+// What does not depend on the pixels of a tile: operands, tables, rows and chunks of channels; of
+// grad_weight all taps of a group in one set.
 GatherPlan describe_gather(Op op, const Params& params, int64_t element_bytes, int tile_rows,
                            int phases);
 
 WeightPlan describe_weight(const Params& params, int64_t element_bytes, int tile_c_in,
                            int tile_c_out, int max_group_taps_h, int max_group_taps_w);
 
-// The distance of a pixel's vectors of channels, 2, 4, 8 or more of them, such that copies of 32
-// neighbouring vectors, channels fastest, fill all banks evenly.
+// The index of the tile of that name among those that bits of `compiled` stand for, or
+// std::invalid_argument.
+template <class Tile, size_t count>
+int find_tile(const Tile (&tiles)[count], unsigned compiled, const std::string& name) {
+  std::string names;
+  for (size_t i = 0; i < count; ++i) {
+    if (!(compiled >> i & 1)) continue;
+    if (name == tiles[i].name) return static_cast<int>(i);
+    names += std::string(names.empty() ? "" : ", ") + tiles[i].name;
+  }
+  throw std::invalid_argument("the tile '" + name + "' is not one of " + names);
+}
+
+// Throws std::invalid_argument: the tile of that name, or none, fits shared memory.
+[[noreturn]] void does_not_fit(const std::string& name);
+
+// The distance of a pixel's vectors of channels, 2 or a multiple of 4 of them, such that copies of
+// 32 neighbouring vectors, channels fastest, fill all banks evenly.
 int32_t copy_pitch(int64_t pixels, int vectors);
 
 // The plan with the tile `name`, or with the best one if it is empty. Throws std::invalid_argument

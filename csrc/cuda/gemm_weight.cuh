@@ -68,13 +68,12 @@ struct SplitTiles {
   }
 };
 
-// Where sums of the tap go: [c_in_padded][c_out_padded] of the split.
+// Where sums of the tap h * p.w.taps + w go: [c_in_padded][c_out_padded] of the split.
 template <class Sum>
-__device__ Sum* partial_plane(const WeightPlan& p, const WeightPlace& at, int tap_h, int tap_w) {
+__device__ Sum* partial_plane(const WeightPlan& p, const WeightPlace& at, int tap) {
+  const int64_t planes = static_cast<int64_t>(at.split) * p.groups + at.group;
   return static_cast<Sum*>(p.partial) +
-         (((static_cast<int64_t>(at.split) * p.groups + at.group) * p.h.taps + tap_h) * p.w.taps +
-          tap_w) *
-             p.c_in_padded * p.c_out_padded;
+         (planes * (p.h.taps * p.w.taps) + tap) * p.c_in_padded * p.c_out_padded;
 }
 
 template <class T, Product kProduct, int kTile>
@@ -167,18 +166,19 @@ __device__ void Weight<T, kProduct, kTile>::run(const WeightPlan& p) {
   const int offset_x = ci / kV * p.x_pitch * kVectorBytes + Mma::offset_a(lane, p.x_pitch),
             offset_dy =
                 co / kV * p.staged.pitch * kVectorBytes + Mma::offset_b(lane, p.staged.pitch);
-  int shift[kTaps], tap_h[kTaps], tap_w[kTaps];
+  int shift[kTaps], tap_at[kTaps];
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) {
     const int tap = at.set * kBlockTaps + i * kShape.tap_warps + tap_warp;
     const bool exists = tap < taps;
-    const int h = tap_h[i] = group_h.tap[0] + (exists ? tap / taps_w : 0);
-    const int w = tap_w[i] = group_w.tap[0] + (exists ? tap % taps_w : 0);
+    const int h = group_h.tap[0] + (exists ? tap / taps_w : 0),
+              w = group_w.tap[0] + (exists ? tap % taps_w : 0);
     const int row = p.h.plane[h] * p.staged.extent_h + p.h.step[h];
     shift[i] = exists
                    ? ((row * p.staged.planes_w + p.w.plane[w]) * p.staged.extent_w + p.w.step[w]) *
                          kVectorBytes
                    : -1;
+    tap_at[i] = h * p.w.taps + w;
   }
 
   Sums sums;
@@ -217,7 +217,7 @@ __device__ void Weight<T, kProduct, kTile>::run(const WeightPlan& p) {
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
     if (shift[tap] < 0) continue;
-    Sum* const to = partial_plane<Sum>(p, at, tap_h[tap], tap_w[tap]);
+    Sum* const to = partial_plane<Sum>(p, at, tap_at[tap]);
 #pragma unroll
     for (int m = 0; m < kStripsA; ++m)
 #pragma unroll

@@ -168,11 +168,6 @@ bool rows_across(Op op, const Params& params) {
   return target.stride[1] == 1 && target.stride[3] != 1;
 }
 
-[[noreturn]] void does_not_fit(const std::string& name) {
-  throw std::invalid_argument((name.empty() ? "no wgmma tile" : "the tile '" + name + "'") +
-                              " does not fit shared memory with this kernel, dilation and stride");
-}
-
 }  // namespace
 
 const char* decline_wgmma(Op op, const Params& params, int major, int minor) {
@@ -196,33 +191,27 @@ bool prefer_wgmma(Op op, const Params& params) {
 
 WgmmaWeightPlan plan_wgmma_weight(const Params& params, const std::string& name,
                                   const Device& device) {
+  if (!name.empty()) {
+    const WgmmaWeightPlan plan =
+        fill_weight(params, find_tile(kWgmmaWeightTiles, ~0u, name), device);
+    if (!fits(plan)) does_not_fit(name);
+    return plan;
+  }
   WgmmaWeightPlan best{};
-  std::string names;
   for (int i = 0; i < kWgmmaWeightTileCount; ++i) {
-    names += std::string(names.empty() ? "" : ", ") + kWgmmaWeightTiles[i].name;
-    if (!name.empty() && name != kWgmmaWeightTiles[i].name) continue;
     const WgmmaWeightPlan plan = fill_weight(params, i, device);
     if (fits(plan) && (!fits(best) || cost(plan, device) < cost(best, device))) best = plan;
-    if (!name.empty() && !fits(best)) does_not_fit(name);
-    if (!name.empty()) return best;
   }
-  if (!name.empty()) throw std::invalid_argument("the tile '" + name + "' is not one of " + names);
   if (!fits(best)) does_not_fit("");
   return best;
 }
 
 WgmmaPlan plan_wgmma(Op op, const Params& params, const std::string& name, const Device& device) {
-  std::string names;
-  for (int i = 0; i < kWgmmaTileCount; ++i) {
-    if (name == kWgmmaTiles[i].name) {
-      const WgmmaPlan plan = fill(op, params, i, device);
-      if (fits(plan)) return plan;
-      does_not_fit(name);
-    }
-    names += std::string(names.empty() ? "" : ", ") + kWgmmaTiles[i].name;
+  if (!name.empty()) {
+    const WgmmaPlan plan = fill(op, params, find_tile(kWgmmaTiles, ~0u, name), device);
+    if (!fits(plan)) does_not_fit(name);
+    return plan;
   }
-  if (!name.empty()) throw std::invalid_argument("the tile '" + name + "' is not one of " + names);
-
   const Problem& q = params.problem;
   const bool across = rows_across(op, params), forward = op == Op::kForward;
   const int64_t stride = forward && !across ? std::min(q.w.stride, q.w.out) : 1;

@@ -51,29 +51,19 @@ struct WgmmaWeight {
         list_x(list_dy + p.staged.pixels),
         at(weight_place(p, kShape.c_in, kShape.c_out)) {}
 
-  // [h][image][plane w][w], by all threads.
-  __device__ void list_pixels() {
-    const StagedTile& s = p.staged;
-    const TapGroup& group_w = p.w.groups[at.group_w];
-    const int base_h = p.h.groups[at.group_h].base[0], images = s.images;
-    for (int i = threadIdx.x; i < s.pixels; i += kWgmmaThreads) {
-      const int u = i % s.extent_w, plane = i / s.extent_w % s.planes_w,
-                row = i / s.extent_w / s.planes_w;
+  // Pixels in the order [h][image][plane w][w], by all threads; a step of an axis is how far its
+  // next position is, a base where it begins.
+  __device__ __forceinline__ void list_pixels(PixelAt* list, int pixels, int planes, int extent,
+                                              int base_h, int step_h, const TapGroup& group_w,
+                                              int step_w) {
+    for (int i = threadIdx.x; i < pixels; i += kWgmmaThreads) {
+      const int u = i % extent, plane = i / extent % planes, row = i / extent / planes;
       PixelAt pixel;
-      pixel.n = static_cast<int16_t>(row % images);
-      pixel.h = static_cast<int16_t>(base_h + row / images * p.h.source_step);
-      pixel.w = static_cast<int16_t>(group_w.base[plane] + u * p.w.source_step);
+      pixel.n = static_cast<int16_t>(row % p.staged.images);
+      pixel.h = static_cast<int16_t>(base_h + row / p.staged.images * step_h);
+      pixel.w = static_cast<int16_t>(group_w.base[plane] + u * step_w);
       pixel.exists = plane < group_w.planes;
-      cuda::store(list_dy + i, pixel);
-    }
-    for (int i = threadIdx.x; i < kWeightPixels; i += kWgmmaThreads) {
-      const int row = i / kWgmmaGroupWidth;
-      PixelAt pixel;
-      pixel.n = static_cast<int16_t>(row % images);
-      pixel.h = static_cast<int16_t>(row / images);
-      pixel.w = static_cast<int16_t>(i % kWgmmaGroupWidth);
-      pixel.exists = 1;
-      cuda::store(list_x + i, pixel);
+      cuda::store(list + i, pixel);
     }
   }
 
@@ -100,8 +90,8 @@ struct WgmmaWeight {
 
   // By one of the warpgroups that multiply.
   __device__ void multiply(int warpgroup) {
-    const TapGroup& group_h = p.h.groups[at.group_h];
     const TapGroup& group_w = p.w.groups[at.group_w];
+    const int first_tap = p.h.groups[at.group_h].tap[0] * p.w.taps + group_w.tap[0];
     const int taps = group_w.tap[kMaxPhases] - group_w.tap[0];
     const int row_pitch = p.staged.planes_w * p.staged.extent_w;  // pixels of a staged row
     const int ci = warpgroup * 64;
@@ -153,7 +143,7 @@ struct WgmmaWeight {
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
       if (tap >= taps) continue;
-      float* const to = partial_plane<float>(p, at, group_h.tap[0], group_w.tap[0] + tap) +
+      float* const to = partial_plane<float>(p, at, first_tap + tap) +
                         static_cast<int64_t>(at.ci + ci + warp * 16) * p.c_out_padded + at.co;
 #pragma unroll
       for (int i = 0; i < kSums; i += 2) {
@@ -175,7 +165,11 @@ struct WgmmaWeight {
       }
       fence_async_proxy();
     }
-    list_pixels();
+    const TapGroup itself{{0, 0}, 1, {}};
+    list_pixels(list_x, kWeightPixels, 1, kWgmmaGroupWidth, 0, 1, itself, 1);
+    list_pixels(list_dy, p.staged.pixels, p.staged.planes_w, p.staged.extent_w,
+                p.h.groups[at.group_h].base[0], p.h.source_step, p.w.groups[at.group_w],
+                p.w.source_step);
     __syncthreads();
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 0) {
