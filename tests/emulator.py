@@ -15,8 +15,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,20 +235,22 @@ class Emulator:
         offset = hex(int(address, 16) - self._base())
         return toolchain.output("addr2line", "-f", "-e", str(self.path), offset).split()[0]
 
-    def count(self, enabled: bool) -> None:
-        """Starts counting, from zero, or stops."""
-        self._library.emulation_count(int(enabled))
-
-    def counts(self) -> list[dict[str, Any]]:
-        """Of each launch since: {"kernel", "blocks", "memory": {"read x": {"requests", "bytes",
-        "sectors", "passes", "ideal"}, ...}, "conflicts": {place: the same}}. Sectors are the
-        32-byte sectors of each request, summed; passes over the banks of shared memory, and how few
-        they could be."""
-        launches = json.loads(self._library.emulation_counts())
+    @contextmanager
+    def counting(self) -> Iterator[list[dict[str, Any]]]:
+        """A list that holds, once the block has ended, of each launch in it: {"kernel", "blocks",
+        "memory": {"read x": {"requests", "bytes", "sectors", "passes", "ideal"}, ...}, "conflicts":
+        {place: the same}}. Sectors are the 32-byte sectors of each request, summed; passes over the
+        banks of shared memory, and how few they could be."""
+        launches: list[dict[str, Any]] = []
+        self._library.emulation_count(1)
+        try:
+            yield launches
+            launches += json.loads(self._library.emulation_counts())
+        finally:
+            self._library.emulation_count(0)
         for launch in launches:
             sites = launch["conflicts"].items()
             launch["conflicts"] = {self.locate(int(site, 16)): count for site, count in sites}
-        return launches
 
     def run(
         self,
@@ -360,6 +363,12 @@ def define(op: str, case: Case, t: Operands) -> Tensor:
     if op == "grad_input":
         return torch.from_numpy(reference.grad_input(case, dy, w))
     return torch.from_numpy(reference.grad_weight(case, x, dy))
+
+
+def bytes_written(launches: Iterable[dict[str, Any]], op: str) -> int:
+    """Of the operation's result, as `Emulator.counting` counts."""
+    name = {"forward": "write y", "grad_input": "write x", "grad_weight": "write w"}[op]
+    return sum(launch["memory"].get(name, {"bytes": 0})["bytes"] for launch in launches)
 
 
 def check(machine: Emulator, prefix: str = "", cases: Sequence[Case] = EDGE) -> int:

@@ -58,65 +58,58 @@ int main() {
     const Op which = op == "forward"      ? Op::kForward
                      : op == "grad_input" ? Op::kGradInput
                                           : Op::kGradWeight;
+    const auto print_axes = [](const auto& plan) {
+      print_axis("h", plan.h);
+      print_axis("w", plan.w);
+    };
     const char* declined = wgmma ? decline_wgmma(which, p, 9, 0) : decline_gemm(which, p);
     if (declined) {
       std::printf("declined %s\nend\n", declined);
       continue;
     }
-    if (wgmma && which == Op::kGradWeight) {
-      WgmmaWeightPlan plan;
-      try {
-        plan = plan_wgmma_weight(p, "", device);
-      } catch (const std::invalid_argument& error) {
-        std::printf("declined %s\nend\n", error.what());
-        continue;
+    try {
+      if (wgmma && which == Op::kGradWeight) {
+        const WgmmaWeightPlan plan = plan_wgmma_weight(p, "", device);
+        std::printf(
+            "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d stages %d stage_bytes "
+            "%d "
+            "preferred %d\n",
+            kWgmmaWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+            static_cast<long long>(plan.shared_bytes), plan.splits,
+            static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.stages,
+            plan.stage_bytes, prefer_wgmma(which, p));
+        print_axes(plan);
+      } else if (wgmma) {
+        const WgmmaPlan plan = plan_wgmma(which, p, "", device);
+        std::printf(
+            "plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d stages %d "
+            "preferred %d\n",
+            kWgmmaTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+            static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
+            static_cast<long long>(plan.tiles()), plan.staged.pixels, plan.source_buffers,
+            plan.weight_stages, prefer_wgmma(which, p));
+        print_axes(plan);
+      } else if (which == Op::kGradWeight) {
+        const WeightPlan plan = plan_weight(p, static_cast<Product>(product), "", device);
+        std::printf(
+            "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d sets %d parts %d\n",
+            kWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+            static_cast<long long>(plan.shared_bytes), plan.splits,
+            static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.tap_sets,
+            plan.groups_h * plan.groups_w);
+        print_axes(plan);
+      } else {
+        const GatherPlan plan = plan_gather(which, p, static_cast<Product>(product), "", device);
+        std::printf(
+            "plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d splits %d\n",
+            kGatherTiles[plan.tile].name, static_cast<long long>(plan.blocks),
+            static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
+            static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.source_buffers,
+            plan.splits);
+        print_axes(plan);
       }
-      std::printf(
-          "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d stages %d stage_bytes %d "
-          "preferred %d\n",
-          kWgmmaWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
-          static_cast<long long>(plan.shared_bytes), plan.splits,
-          static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.stages,
-          plan.stage_bytes, prefer_wgmma(which, p));
-      print_axis("h", plan.h);
-      print_axis("w", plan.w);
-    } else if (wgmma) {
-      WgmmaPlan plan;
-      try {
-        plan = plan_wgmma(which, p, "", device);
-      } catch (const std::invalid_argument& error) {
-        std::printf("declined %s\nend\n", error.what());
-        continue;
-      }
-      std::printf(
-          "plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d stages %d "
-          "preferred %d\n",
-          kWgmmaTiles[plan.tile].name, static_cast<long long>(plan.blocks),
-          static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
-          static_cast<long long>(plan.tiles()), plan.staged.pixels, plan.source_buffers,
-          plan.weight_stages, prefer_wgmma(which, p));
-      print_axis("h", plan.h);
-      print_axis("w", plan.w);
-    } else if (which == Op::kGradWeight) {
-      const WeightPlan plan = plan_weight(p, static_cast<Product>(product), "", device);
-      std::printf(
-          "plan %s blocks %lld shared %lld splits %d tiles %lld staged %d sets %d parts %d\n",
-          kWeightTiles[plan.tile].name, static_cast<long long>(plan.blocks),
-          static_cast<long long>(plan.shared_bytes), plan.splits,
-          static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.tap_sets,
-          plan.groups_h * plan.groups_w);
-      print_axis("h", plan.h);
-      print_axis("w", plan.w);
-    } else {
-      const GatherPlan plan = plan_gather(which, p, static_cast<Product>(product), "", device);
-      std::printf(
-          "plan %s blocks %lld shared %lld chunk %d tiles %lld staged %d buffers %d splits %d\n",
-          kGatherTiles[plan.tile].name, static_cast<long long>(plan.blocks),
-          static_cast<long long>(plan.shared_bytes), 1 << plan.log_chunk,
-          static_cast<long long>(plan.tiling.tiles()), plan.staged.pixels, plan.source_buffers,
-          plan.splits);
-      print_axis("h", plan.h);
-      print_axis("w", plan.w);
+    } catch (const std::invalid_argument& error) {
+      std::printf("declined %s\n", error.what());
     }
     std::printf("end\n");
   }

@@ -58,9 +58,8 @@ def test_depthwise_moves_each_output_sector_once(layout: str) -> None:
     """32-byte sectors written are the bytes of y: whole rows, or whole pixels, without gaps."""
     case = make_case("depthwise", (2, 16, 8, 32), 16, 4, 2, 1, groups=16)
     operands, _ = exact(case, False)
-    MACHINE.count(True)
-    MACHINE.run("forward", case, cast(operands, torch.bfloat16, layout), "direct")
-    (launch,) = MACHINE.counts()
-    MACHINE.count(False)
+    with MACHINE.counting() as launches:
+        MACHINE.run("forward", case, cast(operands, torch.bfloat16, layout), "direct")
+    (launch,) = launches
     written = launch["memory"]["write y"]
     assert written["sectors"] * 32 == written["bytes"] == 2 * operands.dy.numel()

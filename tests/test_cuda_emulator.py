@@ -248,10 +248,9 @@ def test_offsets_of_transposed_matrices_have_their_places(machine: Emulator) -> 
 
 def traffic(machine: Emulator, kernel: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
     x = torch.randn(2, 1024)
-    machine.count(True)
-    y = call(machine, kernel, x, x, (2, 1024))
-    (launch,) = machine.counts()
-    machine.count(False)
+    with machine.counting() as launches:
+        y = call(machine, kernel, x, x, (2, 1024))
+    (launch,) = launches
     assert (launch["kernel"], launch["blocks"]) == ("traffic", 2)
     return x, y, launch
 

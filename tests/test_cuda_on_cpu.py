@@ -29,7 +29,17 @@ from deconv_ext.testing import (
     make_case,
     random_case,
 )
-from emulator import ACTIVATIONS, DTYPES, HERE, OPERATIONS, Emulator, build, define, dtype_of
+from emulator import (
+    ACTIVATIONS,
+    DTYPES,
+    HERE,
+    OPERATIONS,
+    Emulator,
+    build,
+    bytes_written,
+    define,
+    dtype_of,
+)
 from support import assert_equal, assert_same_bits, cast, dtype_name, exact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,21 +190,15 @@ PROBLEMS = tuple(
 def test_repeatable_and_written_once(op: str, algo: str) -> None:
     """The same bits whatever the order of blocks, warps and lanes; and every byte of the result
     leaves the processor once, and no more than once."""
-    name = {"forward": "write y", "grad_input": "write x", "grad_weight": "write w"}[op]
     taken = 0
     for case, dtype, layout in PROBLEMS:
         t = case.operands(0, dtype, layout)
         MACHINE.seed(1)
-        MACHINE.count(True)
-        try:
+        with MACHINE.counting() as launches:
             first = run_if_accepted(op, case, t, algo)
-            launches = MACHINE.counts()
-        finally:
-            MACHINE.count(False)
         if first is None:
             continue
-        written = sum(launch["memory"].get(name, {"bytes": 0})["bytes"] for launch in launches)
-        assert written == first.numel() * first.itemsize, case
+        assert bytes_written(launches, op) == first.numel() * first.itemsize, case
         MACHINE.seed(2)
         assert_same_bits(first, MACHINE.run(op, case, t, algo), case)
         taken += 1

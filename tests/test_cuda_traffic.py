@@ -32,14 +32,11 @@ KERNEL_IS_STRIDE = make_case("kernel_is_stride", (1, 32, 8, 16), 64, 2, 2)
 def launches(
     op: str, case: Case, fmt: str, layout: str, algo: str
 ) -> tuple[dict[str, dict[str, Any]], torch.Tensor]:
-    """{kernel: what `Emulator.counts` tells of it} and the result."""
+    """{kernel: what `Emulator.counting` tells of it} and the result."""
     t = case.operands(0, dtype_of(fmt), layout)
-    MACHINE.count(True)
-    try:
+    with MACHINE.counting() as launched:
         result = MACHINE.run(op, case, t, algo, allow_tf32=fmt == "tf32")
-        return {launch["kernel"]: launch for launch in MACHINE.counts()}, result
-    finally:
-        MACHINE.count(False)
+    return {launch["kernel"]: launch for launch in launched}, result
 
 
 def times_written(launch: dict[str, Any], op: str, result: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deconv_ext.testing import Case, Operands, make_case
-from emulator import OPERATIONS, Emulator, build
+from emulator import OPERATIONS, Emulator, build, bytes_written
 from support import assert_equal, assert_same_bits, cast, exact
 
 MACHINE = Emulator(build())
@@ -108,12 +108,8 @@ def test_splits_are_exact(algo: str) -> None:
     case = make_case("splits", (5, 24, 19, 18), 40, 2, 2)
     operands, results = exact(case, False)
     MACHINE.set_device(132)
-    MACHINE.count(True)
-    try:
+    with MACHINE.counting() as launches:
         got = run("grad_weight", case, cast(operands, torch.bfloat16, "channels_last"), algo)
-    finally:
-        launches = MACHINE.counts()
-        MACHINE.count(False)
     assert_equal(got, results["grad_weight"].to(torch.bfloat16), algo)
     assert [launch["kernel"] for launch in launches] == ["wgmma_weight", "gemm_weight_reduce"]
 
@@ -122,15 +118,9 @@ def test_splits_are_exact(algo: str) -> None:
 def test_results_are_written_once(op: str, algo: str) -> None:
     case = make_case("once", (1, 16, 9, 9), 24, 4, 2, 1)
     t = case.operands(0, torch.bfloat16, "channels_last" if "last" in algo else "contiguous")
-    MACHINE.count(True)
-    try:
+    with MACHINE.counting() as launches:
         result = run(op, case, t, algo)
-    finally:
-        launches = MACHINE.counts()
-        MACHINE.count(False)
-    name = {"forward": "write y", "grad_input": "write x", "grad_weight": "write w"}[op]
-    written = sum(launch["memory"].get(name, {"bytes": 0})["bytes"] for launch in launches)
-    assert written == result.numel() * result.itemsize
+    assert bytes_written(launches, op) == result.numel() * result.itemsize
 
 
 @each_op
@@ -161,12 +151,8 @@ def test_says_what_it_is_not_for() -> None:
 
 
 def launched(op: str, case: Case, dtype: torch.dtype, layout: str = "contiguous") -> str:
-    MACHINE.count(True)
-    try:
+    with MACHINE.counting() as launches:
         MACHINE.run(op, case, case.operands(0, dtype, layout))
-    finally:
-        launches = MACHINE.counts()
-        MACHINE.count(False)
     return next(launch["kernel"] for launch in launches if launch["kernel"] != "gemm_pack")
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from activation import LAYER_NAMES, measure
 
 from deconv_ext.activation import FUNCTIONS
+from deconv_ext.testing import Case
 
 from .context import Context
-from .journal import Job
+from .journal import Job, Row
 
 
 def activations(context: Context, _: str) -> None:
@@ -19,14 +20,13 @@ def activations(context: Context, _: str) -> None:
     timer = context.timer(20, 0.05)
     layers = [case for case in context.layers() if context.dry or case.name in LAYER_NAMES]
 
+    def rows(case: Case, name: str, op: str, dtype: str) -> Iterator[Row]:
+        yield measure(case, name, op, timer, dtype) | {"dtype": dtype}
+
     def jobs() -> Iterator[Job]:
         for dtype, op, case, name in itertools.product(
             ("bfloat16", "float32"), ("forward", "step"), layers, FUNCTIONS
         ):
-
-            def job(arguments=(case, name, op, timer, dtype)):
-                yield measure(*arguments) | {"dtype": arguments[-1]}
-
-            yield f"{case} {name} {op} {dtype}", job
+            yield f"{case} {name} {op} {dtype}", lambda c=(case, name, op, dtype): rows(*c)
 
     journal.run(context.some(jobs()))

@@ -107,21 +107,25 @@ struct ProductArguments {
   float* y;
 };
 
-// s[k / 8][index][8] = from[index * stride + k * stride_k]
-template <class T>
+// from[index * stride + k * stride_k] as s[k / 8][index][8], or transposed s[index / 8][k][8].
+template <class T, bool kTransposed = false>
 __device__ void stage(T* s, const T* from, int count, int stride, int stride_k) {
   for (int i = static_cast<int>(threadIdx.x); i < count * 16; i += kWarpgroup) {
     const int index = i / 16, k = i % 16;
-    s[(k / 8 * count + index) * 8 + k % 8] = from[index * stride + k * stride_k];
+    const int at =
+        kTransposed ? (index / 8 * 16 + k) * 8 + index % 8 : (k / 8 * count + index) * 8 + k % 8;
+    s[at] = from[index * stride + k * stride_k];
   }
 }
 
-// s[index / 8][k][8], the same for transposed matrices
-template <class T>
-__device__ void stage_transposed(T* s, const T* from, int count, int stride, int stride_k) {
-  for (int i = static_cast<int>(threadIdx.x); i < count * 16; i += kWarpgroup) {
-    const int index = i / 16, k = i % 16;
-    s[(index / 8 * 16 + k) * 8 + index % 8] = from[index * stride + k * stride_k];
+// y[64][2 * kSums]
+template <int kSums>
+__device__ void store_sums(float* y, const float (&sums)[kSums]) {
+  const int t = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < kSums; ++i) {
+    const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8,
+              column = i / 4 * 8 + t % 4 * 2 + i % 2;
+    y[row * 2 * kSums + column] = sums[i];
   }
 }
 
@@ -129,8 +133,8 @@ template <class T, int kColumns, ProductMistake kMistake>
 __global__ void transposed_product(ProductArguments a) {
   T* s_a = shared_memory<T>();
   T* s_b = s_a + 64 * 16;
-  stage_transposed(s_a, static_cast<const T*>(a.x), 64, 16, 1);
-  stage_transposed(s_b, static_cast<const T*>(a.w), kColumns, 1, kColumns);
+  stage<T, true>(s_a, static_cast<const T*>(a.x), 64, 16, 1);
+  stage<T, true>(s_b, static_cast<const T*>(a.w), kColumns, 1, kColumns);
   fence_async_proxy();
   __syncthreads();
   float sums[kColumns / 2];
@@ -142,10 +146,7 @@ __global__ void transposed_product(ProductArguments a) {
               kExchanged ? matrix_descriptor(s_b, 16, 8) : matrix_descriptor(s_b, 8, 16));
   wgmma_commit();
   wgmma_wait<0>();
-  const int t = static_cast<int>(threadIdx.x);
-  for (int i = 0; i < kColumns / 2; ++i)
-    a.y[(t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * kColumns + i / 4 * 8 + t % 4 * 2 + i % 2] =
-        sums[i];
+  store_sums(a.y, sums);
 }
 
 template <class T, int kColumns, ProductMistake kMistake>
@@ -175,11 +176,7 @@ __global__ void product(ProductArguments a) {
     wgmma_wait<0>();
   if (kMistake == kOverwrittenByOthers && t >= 96) s_b[t] = T{};
   if (kMistake == kNeverAwaited) return;
-  for (int i = 0; i < kColumns / 2; ++i) {
-    const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8,
-              column = i / 4 * 8 + t % 4 * 2 + i % 2;
-    a.y[row * kColumns + column] = sums[i];
-  }
+  store_sums(a.y, sums);
 }
 
 // The copy engine brings A; the product may not begin before.
@@ -205,8 +202,7 @@ __global__ void product_of_copy(ProductArguments a) {
   wgmma<T>(sums, matrix_descriptor(s_a, 64, 8), matrix_descriptor(s_b, 64, 8));
   wgmma_commit();
   wgmma_wait<0>();
-  for (int i = 0; i < 32; ++i)
-    a.y[(t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * 64 + i / 4 * 8 + t % 4 * 2 + i % 2] = sums[i];
+  store_sums(a.y, sums);
 }
 
 template <void (*kernel)(Arguments)>
