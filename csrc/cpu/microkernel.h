@@ -50,20 +50,18 @@ void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row
   for (int m = 0; m < RM; ++m)
     for (int n = 0; n < RN; ++n) sum[m][n] = Vector<T>{};
 
+  // One base pointer and RM distances, which stay in general registers.
+  int64_t offset[RM];
+  for (int m = 0; m < RM; ++m) offset[m] = row[m];
   for (int64_t s = 0; s < count; ++s) {
-    const T* a[RM];
-    for (int m = 0; m < RM; ++m) a[m] = segments[s].a + row[m];
-    const T* b = segments[s].b;
-    int64_t at = 0;
-    for (int64_t k = segments[s].length; k > 0; --k) {
+    const T *a = segments[s].a, *b = segments[s].b;
+    for (const T* const end = b + segments[s].length * step_b; b != end; b += step_b, a += step_a) {
       Vector<T> vb[RN];
       for (int n = 0; n < RN; ++n) vb[n] = load_vector(b + n * kN);
       for (int m = 0; m < RM; ++m) {
-        const T va = a[m][at];
+        const T va = a[offset[m]];
         for (int n = 0; n < RN; ++n) sum[m][n] += va * vb[n];
       }
-      at += step_a;
-      b += step_b;
     }
   }
   // Apart from the full tile without a bias, so that its stores are not interrupted by questions.
@@ -111,8 +109,8 @@ template <class T>
 struct Tiles {
 #if DECONV_VECTOR_REGISTERS >= 32
   static constexpr Tile<T> list[] = {
-      make_tile<T, 8, 3>(), make_tile<T, 12, 2>(), make_tile<T, 9, 3>(), make_tile<T, 6, 4>(),
-      make_tile<T, 4, 4>(), make_tile<T, 8, 2>(),  make_tile<T, 8, 1>()};
+      make_tile<T, 8, 3>(), make_tile<T, 6, 4>(), make_tile<T, 9, 3>(),
+      make_tile<T, 4, 4>(), make_tile<T, 8, 2>(), make_tile<T, 8, 1>()};
 #else
   static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(),
                                      make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),
