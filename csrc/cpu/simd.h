@@ -63,20 +63,45 @@ inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
+// 16-bit storage in the low halves, exactly widened to float32: by instructions where there are some.
+#if DECONV_VECTOR_BYTES == 64
+typedef __m256i HalfWords;
+inline Vector<float> widen(HalfWords v, Float16) {
+  return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(v));
+}
+inline Vector<float> widen(HalfWords v, BFloat16) {
+  return reinterpret_cast<Vector<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+#elif DECONV_VECTOR_BYTES == 32
+typedef __m128i HalfWords;
+inline Vector<float> widen(HalfWords v, Float16) {
+  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(v));
+}
+inline Vector<float> widen(HalfWords v, BFloat16) {
+  return reinterpret_cast<Vector<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+#else
+struct HalfWords {
+  uint16_t bits[kLanes<float>];
+};
+template <class S>
+inline Vector<float> widen(const HalfWords& v, S) {
+  float lanes[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) lanes[i] = convert<float>(S{v.bits[i]});
+  return load_vector(lanes);
+}
+#endif
+
 // One vector of T from consecutive elements of the storage type.
 template <class T, class S>
 inline Vector<T> load_as(const S* p) {
-  T lanes[kLanes<T>];
-  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = convert<T>(p[i]);
-  return load_vector(lanes);
-}
-template <>
-inline Vector<float> load_as<float, float>(const float* p) {
-  return load_vector(p);
-}
-template <>
-inline Vector<double> load_as<double, double>(const double* p) {
-  return load_vector(p);
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load_vector(p);
+  } else {
+    HalfWords words;
+    __builtin_memcpy(&words, p, sizeof(words));
+    return widen(words, S{});
+  }
 }
 
 // Integer lanes of the same width: the type of a shuffle's mask.
@@ -131,6 +156,15 @@ inline Vector<T> load_first(const S* p, int64_t count) {
     return reinterpret_cast<Vector<T>>(
         _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), mask(2 * count)));
 #endif
+  if constexpr (sizeof(S) == 2) {
+    HalfWords words{};
+#if DECONV_VECTOR_BYTES == 64
+    words = _mm256_maskz_loadu_epi16((1u << count) - 1, p);
+#else
+    __builtin_memcpy(&words, p, count * sizeof(S));
+#endif
+    return widen(words, S{});
+  }
   T lanes[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = convert<T>(p[i]);
   return load_vector(lanes);
