@@ -19,7 +19,8 @@ namespace {
 
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
-  for (const Kernels* kernels : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+  for (const Kernels* kernels :
+       {amx_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
     if (kernels && kernels->supported()) usable.push_back(kernels);
   return usable;
 }

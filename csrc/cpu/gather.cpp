@@ -1,7 +1,9 @@
 #include "gather.h"
 
+#include <initializer_list>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 namespace deconv {
 namespace cpu {
@@ -39,14 +41,46 @@ int64_t index_of(const std::vector<int64_t>& sorted, int64_t value) {
   return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
 }
 
+// Counts channels in pairs. Where those of a pair lie next to each other, and pairs are aligned, a
+// pair is an element.
+void pair_channels(GatherPlan& plan, int64_t pair) {
+  const Problem& p = plan.params.problem;
+  const auto count = [&](const void* data, int64_t& channel,
+                         std::initializer_list<std::pair<int64_t*, int64_t>> others) {
+    bool aligned = channel == 1 && reinterpret_cast<uintptr_t>(data) % (pair * plan.stored_bytes) == 0;
+    for (const auto& [stride, size] : others) aligned &= size == 1 || *stride % pair == 0;
+    if (!aligned) {
+      channel *= pair;
+      return false;
+    }
+    for (const auto& [stride, size] : others) *stride /= pair;
+    return true;
+  };
+  auto& s = plan.source.stride;
+  plan.source_as_is =
+      count(plan.source.data, s[1],
+            {{&s[0], plan.batch}, {&s[2], plan.h.source}, {&s[3], plan.w.source}});
+  WeightRef& w = plan.weight;
+  plan.weight_as_is = count(w.data, w.channel,
+                            {{&w.group, plan.groups},
+                             {&w.row, plan.rows},
+                             {&w.kernel_h, p.h.kernel},
+                             {&w.kernel_w, p.w.kernel}});
+  plan.target_as_is = false;
+  plan.channels /= pair;
+}
+
 // The gather itself: operands, tap tables, classes; nothing that depends on the machine.
-GatherPlan make_gather(Op op, const Params& params, bool merged_h, bool merged_w) {
+GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, bool merged_h,
+                       bool merged_w) {
   const Problem& p = params.problem;
   const int64_t group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
   const auto& ws = params.w.stride;
   GatherPlan plan{};
   plan.params = params;
   plan.op = op;
+  plan.stored_bytes = format.stored_bytes;
+  plan.channel_unit = format.channel_unit;
   plan.batch = p.batch;
   plan.groups = p.groups;
   if (op == Op::kForward) {
@@ -68,6 +102,9 @@ GatherPlan make_gather(Op op, const Params& params, bool merged_h, bool merged_w
   }
   if (plan.channels * plan.groups == 1)
     plan.source.stride[1] = 1;  // never used; says that channels are contiguous
+  plan.source_as_is = plan.target_as_is = plan.weight_as_is =
+      format.stored_bytes == format.element_bytes;
+  if (format.channels > 1) pair_channels(plan, format.channels);
   plan.offsets_h = union_of_offsets(plan.h);
   plan.offsets_w = union_of_offsets(plan.w);
   for (int64_t h : plan.offsets_h)
@@ -179,8 +216,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       const bool rows_across = across == 1;
       const int64_t row_width = rows_across ? tiles[t].lanes : tiles[t].rows;
       const int64_t pixel_width = rows_across ? tiles[t].rows : tiles[t].lanes;
-      const int vectors = tiles[t].lanes / lanes;
-      const double step = cycles_per_step(tiles[t].rows, vectors);
+      const double step = tiles[t].cycles;
       double multiply = 0, outputs = 0, contiguous = 1;
       for (const PhaseClass& h : plan.h.classes)
         for (const PhaseClass& w : plan.w.classes) {
@@ -254,7 +290,8 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
                 sum_elements = kSumBytes / element_bytes;
   const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
   const int64_t most = std::max(kLeastChannels, panel_elements / (offsets * kBlockPixels));
-  plan.channel_block = ceil_div(plan.channels, ceil_div(plan.channels, most));
+  plan.channel_block =
+      round_up(ceil_div(plan.channels, ceil_div(plan.channels, most)), plan.channel_unit);
   plan.offset_block =
       std::min(offsets, std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
   const int64_t offset_row = std::max<int64_t>(1, static_cast<int64_t>(plan.offsets_w.size()));
@@ -337,9 +374,9 @@ void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
     }
 }
 
-// Whether tiles may be read where they are. `stored_bytes` is the size of an element in memory.
-bool reads_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t element_bytes) {
-  if (stored_bytes != element_bytes || plan.batch_innermost) return false;
+// Whether tiles may be read where they are.
+bool reads_in_place(const GatherPlan& plan, int64_t element_bytes) {
+  if (!plan.source_as_is || plan.batch_innermost) return false;
   if (!plan.rows_across) {
     // Channels are far apart, often a power of two, and a vector is hardly ever aligned. That costs
     // less than a copy only for pixels that are read once: by one tap of one tile of rows.
@@ -356,8 +393,8 @@ bool reads_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t elemen
 // Whether sums may be written straight to the target: a vector must lie in one piece there, and the
 // bias be a vector too. Invented NaNs cannot be repaired there, so no weight may be padding; nor
 // is there an activation.
-bool writes_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t element_bytes) {
-  if (stored_bytes != element_bytes || plan.batch_innermost) return false;
+bool writes_in_place(const GatherPlan& plan) {
+  if (!plan.target_as_is || plan.batch_innermost) return false;
   if (plan.params.activation != Activation::kNone) return false;
   if (plan.rows_across)
     return plan.rows_by_phase && !plan.padded_weights && plan.rows % plan.row_width == 0 &&
@@ -369,7 +406,8 @@ bool writes_in_place(const GatherPlan& plan, int64_t stored_bytes, int64_t eleme
 }  // namespace
 
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
-                       int lanes, int stored_bytes, int element_bytes, int threads) {
+                       const PanelFormat& format, int threads) {
+  const int lanes = format.lanes, element_bytes = format.element_bytes;
   // Merging the phases of an axis packs fewer copies of the pixels and fills tiles with few rows,
   // at the price of zeros where phases have unequal taps. Decide by the model, without regard to
   // the batch.
@@ -384,7 +422,7 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
     const bool h = option & 1, w = option & 2;
     if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
     const double cycles =
-        best_layout(make_gather(op, params, h, w), tiles, tile_count, lanes, element_bytes, 0)
+        best_layout(make_gather(op, params, format, h, w), tiles, tile_count, lanes, element_bytes, 0)
             .cycles;
     if (cycles < least) {
       least = cycles;
@@ -392,7 +430,7 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
       merged_w = w;
     }
   }
-  GatherPlan plan = make_gather(op, params, merged_h, merged_w);
+  GatherPlan plan = make_gather(op, params, format, merged_h, merged_w);
   const Layout layout =
       best_layout(plan, tiles, tile_count, lanes, element_bytes, params.problem.batch);
   plan.rows_across = layout.rows_across;
@@ -408,8 +446,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   choose_blocks(plan, element_bytes, threads);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);
-  plan.source_in_place = !plan.flat && reads_in_place(plan, stored_bytes, element_bytes);
-  plan.target_in_place = writes_in_place(plan, stored_bytes, element_bytes);
+  plan.source_in_place = !plan.flat && reads_in_place(plan, element_bytes);
+  plan.target_in_place = writes_in_place(plan);
   return plan;
 }
 

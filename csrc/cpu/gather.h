@@ -38,6 +38,16 @@ struct GatherClass {
 
 struct TileShape {
   int rows, lanes;  // broadcast side, vector side
+  double cycles;    // of a step, by the model
+};
+
+// What the product multiplies.
+struct PanelFormat {
+  int stored_bytes;      // of an element in memory
+  int element_bytes;     // of an element of the panels
+  int lanes;             // of a vector
+  int channels;          // in an element of the panels: two, if it multiplies pairs
+  int64_t channel_unit;  // elements that it takes at a time
 };
 
 // A model of one step of a register tile: two multiply-adds and two loads a cycle, a little for
@@ -49,9 +59,13 @@ inline double cycles_per_step(int rows, int vectors) {
 struct GatherPlan {
   Params params;
   Op op;
-  int64_t batch, groups, channels, rows;  // channels and rows of one group
+  int64_t stored_bytes;
+  int64_t batch, groups, channels, rows;  // channels (or pairs of them) and rows of one group
   TensorRef source, target;
   WeightRef weight;
+  // Elements of source, target and weight in memory are those of the panels. Strides of pairs are
+  // in pairs then, else in elements.
+  bool source_as_is, target_as_is, weight_as_is;
   AxisTaps h, w;
 
   // Every source offset that some class uses: the panel of packed pixels holds one shifted copy for
@@ -121,13 +135,19 @@ struct GatherPlan {
     return (rows_across ? pixel_width : 1) * block_offsets *
            tap_pitch(block_channels, element_bytes);
   }
+  // Within the packed weights of a tile of rows and a tap. Where the product takes several channels
+  // at a time and rows are its broadcast side, those of a row lie together.
+  int64_t channel_unit;
+  int64_t weight_at(int64_t row, int64_t channel) const {
+    const int64_t unit = rows_across ? 1 : channel_unit;
+    return channel / unit * unit * row_width + row * unit + channel % unit;
+  }
   int64_t weight_elements() const { return groups * row_chunks * channels * weights_per_channel; }
 };
 
-// `stored_bytes` is the size of an element in memory, `element_bytes` that of the type that sums
-// are kept in, `tiles` the register tiles of the ISA, `lanes` its vector length.
+// `tiles` are the register tiles of the ISA.
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
-                       int lanes, int stored_bytes, int element_bytes, int threads);
+                       const PanelFormat& format, int threads);
 
 }  // namespace cpu
 }  // namespace deconv

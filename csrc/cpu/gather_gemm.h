@@ -28,14 +28,15 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-template <class S>
+// S: elements in memory. T: of sums, and as wide, of panels. PixelSource, WeightSource: pointers to
+// what is packed. Session: what a thread must hold while it multiplies.
+template <class S, class T, class PixelSource, class WeightSource, class Session>
 struct GatherGemm {
-  using T = typename Arithmetic<S>::type;
-
   const GatherPlan& plan;
   const Tile<T>& tile;
-  GatherWeights<S> weight_pack;
-  GatherPixels<S> pixel_pack;
+  int64_t partial_sum;  // steps summed apart
+  GatherWeights<T, WeightSource> weight_pack;
+  GatherPixels<T, PixelSource> pixel_pack;
   GatherStore<S> store;
 
   // Segments in groups that are summed apart. A group ends at fixed places of K = (tap, channel),
@@ -66,6 +67,7 @@ struct GatherGemm {
                              int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
                              const T* panel, const bool* present, SegmentList& segments,
                              int64_t* row_offsets, T* sums, const T* bias) const {
+    const Session session{};
     const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
@@ -75,8 +77,9 @@ struct GatherGemm {
     const int64_t step_a = plan.rows_across ? 1 : plan.row_width;
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
-      row_offsets[m] = plan.rows_across ? m * offsets * channels : m;
-      in_place_offsets[m] = plan.rows_across ? m * plan.w.source_step * plan.source.stride[3] : m;
+      row_offsets[m] = plan.rows_across ? m * offsets * channels : plan.weight_at(m, 0);
+      in_place_offsets[m] =
+          plan.rows_across ? m * plan.w.source_step * plan.source.stride[3] : row_offsets[m];
     }
     for (const GatherClass& g : plan.classes) {
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
@@ -153,9 +156,9 @@ struct GatherGemm {
                      SegmentList& segments) const {
     const int64_t pixel_step = plan.rows_across ? 1 : step_b(in_place);
     segments.count = segments.groups = 0;
-    for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += kPartialSum) {
+    for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += partial_sum) {
       segments.group_begin[segments.groups++] = segments.count;
-      const int64_t k1 = min_of(k0 + kPartialSum, g.taps * channels);
+      const int64_t k1 = min_of(k0 + partial_sum, g.taps * channels);
       int64_t last = -1;
       const T* next = nullptr;  // where the pixels of the last segment go on
       for (int64_t tap = k0 / channels; tap * channels < k1; ++tap) {
@@ -207,7 +210,7 @@ struct GatherGemm {
       places = carver.take<TilePlace>(plan.block_tiles);
       for (PixelRun** list : {&runs, &packed, &stored}) *list = carver.take<PixelRun>(pixels);
       // A tap spans at most one more group than its channels fill.
-      const int64_t groups = offsets * plan.channel_block / kPartialSum + 2;
+      const int64_t groups = offsets * plan.channel_block / partial_sum + 2;
       segments.list = carver.take<Segment<T>>(offsets + groups);
       segments.group_begin = carver.take<int64_t>(groups);
       row_offsets = carver.take<int64_t>(2 * tile.rows);
@@ -249,18 +252,10 @@ struct GatherGemm {
   }
 };
 
-template <class S>
-void gather_gemm(Op op, const Params& params, int threads) {
-  using T = typename Arithmetic<S>::type;
-  constexpr int kTiles = sizeof(Tiles<T>::list) / sizeof(Tile<T>);
-  TileShape shapes[kTiles];
-  for (int i = 0; i < kTiles; ++i)
-    shapes[i] = {Tiles<T>::list[i].rows, Tiles<T>::list[i].vectors * kLanes<T>};
-  const GatherPlan plan =
-      plan_gather(op, params, shapes, kTiles, kLanes<T>, sizeof(S), sizeof(T), threads);
-
-  T* packed = static_cast<T*>(call_scratch(plan.weight_elements() * sizeof(T)));
-  const GatherGemm<S> gemm{plan, Tiles<T>::list[plan.tile], {plan, packed}, {plan}, {plan}};
+// Runs the plan.
+template <class Gemm>
+void run_gather(const Gemm& gemm, int threads) {
+  const GatherPlan& plan = gemm.plan;
   const int64_t channel_blocks = (plan.channels + plan.channel_block - 1) / plan.channel_block;
   parallel_for(plan.groups * plan.row_chunks * channel_blocks, threads, [&](int64_t task) {
     const int64_t c0 = task % channel_blocks * plan.channel_block, rest = task / channel_blocks;
@@ -277,6 +272,29 @@ void gather_gemm(Op op, const Params& params, int threads) {
     gemm.block(rest / blocks, rest % blocks * plan.block_tiles, first_chunk,
                min_of(plan.chunks_per_task, plan.row_chunks - first_chunk));
   });
+}
+
+// Multiplication in registers needs nothing.
+struct NoSession {};
+
+template <class S>
+void gather_gemm(Op op, const Params& params, int threads) {
+  using T = typename Arithmetic<S>::type;
+  constexpr int kTiles = sizeof(Tiles<T>::list) / sizeof(Tile<T>);
+  TileShape shapes[kTiles];
+  for (int i = 0; i < kTiles; ++i) {
+    const Tile<T>& tile = Tiles<T>::list[i];
+    shapes[i] = {tile.rows, tile.vectors * kLanes<T>, cycles_per_step(tile.rows, tile.vectors)};
+  }
+  const GatherPlan plan =
+      plan_gather(op, params, shapes, kTiles, {sizeof(S), sizeof(T), kLanes<T>, 1, 1}, threads);
+  T* packed = static_cast<T*>(call_scratch(plan.weight_elements() * sizeof(T)));
+  const S *x = static_cast<const S*>(plan.source.data),
+          *w = static_cast<const S*>(plan.weight.data);
+  run_gather(
+      GatherGemm<S, T, const S*, const S*, NoSession>{
+          plan, Tiles<T>::list[plan.tile], kPartialSum, {plan, w, packed}, {plan, x}, {plan}},
+      threads);
 }
 
 }  // namespace DECONV_ISA

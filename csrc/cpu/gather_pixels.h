@@ -21,11 +21,11 @@ struct TilePlace {
   int64_t target;  // the same of the target, if the product itself writes it; else -1: summed
 };
 
-template <class S>
+// T: elements of the panel. Source: pointer to what is packed.
+template <class T, class Source>
 struct GatherPixels {
-  using T = typename Arithmetic<S>::type;
-
   const GatherPlan& plan;
+  Source data;
 
   // Splits the tiles [first_tile, first_tile + tiles) into runs.
   DECONV_PHASE int64_t list_runs(int64_t first_tile, int64_t tiles, PixelRun* runs) const {
@@ -135,8 +135,7 @@ struct GatherPixels {
             const PixelRun* joined, int64_t joined_count, const TilePlace* places, int64_t tiles,
             int64_t c0, int64_t channels, int64_t u0, int64_t offsets, T* panel,
             bool* present) const {
-    const S* source = static_cast<const S*>(plan.source.data) +
-                      (group * plan.channels + c0) * plan.source.stride[1];
+    const Source source = data + (group * plan.channels + c0) * plan.source.stride[1];
     const PixelRun* first = runs;
     const bool planes = has_planes();
     for (int64_t t = 0; t < tiles; ++t) {
@@ -159,7 +158,7 @@ struct GatherPixels {
   }
 
   // [channel][residue][pixel]: zero-padded images, row after row, from pixel `first` of all on.
-  DECONV_PHASE void pack_flat(const S* source, int64_t first, int64_t tiles, int64_t channels,
+  DECONV_PHASE void pack_flat(Source source, int64_t first, int64_t tiles, int64_t channels,
                               T* panel) const {
     const int64_t pitch = plan.w.positions, rows = plan.h.positions, step_h = plan.h.source_step,
                   step_w = plan.w.source_step;
@@ -175,8 +174,12 @@ struct GatherPixels {
           const int64_t ih = jh * step_h + first_h + rh;
           const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
           count = min_of(pitch - jw, left);
-          split_row(inside ? source + plan.source.at(n, c, ih, 0) : nullptr, jw * step_w + first_w,
-                    count, to, plan.flat_residue);
+          if (inside) {
+            split_row(source + plan.source.at(n, c, ih, 0), jw * step_w + first_w, count, to,
+                      plan.flat_residue);
+          } else {
+            for (int64_t r = 0; r < step_w; ++r) clear(to + r * plan.flat_residue, count);
+          }
           if (++jh == rows) {
             jh = 0;
             ++n;
@@ -187,21 +190,17 @@ struct GatherPixels {
 
   // A few rows of a channel are read, then those of the next one, far away in memory: no stream
   // that the processor would see ahead.
-  void fetch_next_channel(const S* row, int64_t first, int64_t count) const {
-    const S* next = row + plan.source.stride[1];
+  void fetch_next_channel(Source row, int64_t first, int64_t count) const {
+    const Source next = row + plan.source.stride[1];
     const int64_t end = min_of(first + count, plan.w.source);
-    for (int64_t i = max_of<int64_t>(first, 0); i < end; i += 64 / sizeof(S))
-      __builtin_prefetch(next + i);
+    for (int64_t i = max_of<int64_t>(first, 0); i < end; i += 64 / plan.stored_bytes)
+      prefetch(next + i);
   }
 
-  // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row,
-  // or if there is none. Up to a vector more is written after each.
-  void split_row(const S* row, int64_t first, int64_t count, T* to, int64_t pitch) const {
+  // to[r * pitch + i] = row[first + i * step + r] for i < count, r < step; zero outside of the row.
+  // Up to a vector more is written after each.
+  void split_row(Source row, int64_t first, int64_t count, T* to, int64_t pitch) const {
     const int64_t step = plan.w.source_step;
-    if (!row) {
-      for (int64_t r = 0; r < step; ++r) clear(to + r * pitch, count);
-      return;
-    }
     // `head` positions begin before the row. They come last, for the vectors of one residue may end
     // in the head of the next one.
     const int64_t head = first < 0 ? min_of(count, (-first + step - 1) / step) : 0;
@@ -215,7 +214,7 @@ struct GatherPixels {
   }
 
   // [offset][channel][pixel]: rows of the source, shifted. With planes the caller fills them in.
-  DECONV_PHASE void pack_as_lanes(const S* source, const PixelRun* first, const PixelRun* last,
+  DECONV_PHASE void pack_as_lanes(Source source, const PixelRun* first, const PixelRun* last,
                                   int64_t first_pixel, int64_t channels, int64_t u0,
                                   int64_t offsets, bool planes, T* to, bool* present) const {
     const int64_t width = plan.pixel_width, count_w = plan.offsets_w.size();
@@ -269,7 +268,7 @@ struct GatherPixels {
   }
 
   // `panel` is that of all tiles of the block, `joined` their runs.
-  DECONV_PHASE void pack_planes(const S* source, const PixelRun* joined, int64_t run_count,
+  DECONV_PHASE void pack_planes(Source source, const PixelRun* joined, int64_t run_count,
                                 int64_t channels, int64_t u0, int64_t offsets, T* panel) const {
     const int64_t count_w = plan.offsets_w.size(), step = plan.w.source_step,
                   pixels = plane_pixels(), width = plan.pixel_width;
@@ -288,7 +287,7 @@ struct GatherPixels {
           taps = min_of(count_w - first_w, offsets - u);
           const int64_t ih = run->jh * plan.h.source_step + plan.offsets_h[h];
           if (ih < 0 || ih >= plan.h.source) continue;
-          const S* row = source + plan.source.at(run->n, c, ih, 0);
+          const Source row = source + plan.source.at(run->n, c, ih, 0);
           const int64_t base = shift[first_w], last = shift[first_w + taps - 1];
           for (int64_t at = 0; at < run->count; at += pixels) {
             const int64_t count = min_of(pixels, run->count - at);
@@ -322,7 +321,7 @@ struct GatherPixels {
 
   // [pixel][offset][channel]: where channels are contiguous and offsets follow each other,
   // neighbouring taps are one copy.
-  DECONV_PHASE void pack_as_rows(const S* source, const PixelRun* first, const PixelRun* last,
+  DECONV_PHASE void pack_as_rows(Source source, const PixelRun* first, const PixelRun* last,
                                  int64_t first_pixel, int64_t channels, int64_t u0, int64_t offsets,
                                  T* to, bool* present) const {
     const int64_t count_w = plan.offsets_w.size(), stride_c = plan.source.stride[1],
@@ -343,7 +342,7 @@ struct GatherPixels {
           const int64_t begin = inside ? min_of(length, max_of<int64_t>(0, -iw)) : length;
           const int64_t end = max_of(begin, min_of(length, plan.w.source - iw));
           T* row = to + ((run->at - first_pixel + i) * offsets + u) * channels;
-          const S* from = source + plan.source.at(n, 0, ih, iw + begin);
+          const Source from = source + plan.source.at(n, 0, ih, iw + begin);
           clear(row, begin * channels);
           if (contiguous) {
             copy_strided(row + begin * channels, from, 1, (end - begin) * channels);

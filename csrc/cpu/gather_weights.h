@@ -9,11 +9,11 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-template <class S>
+// T: elements of the panel. Source: pointer to what is packed.
+template <class T, class Source>
 struct GatherWeights {
-  using T = typename Arithmetic<S>::type;
-
   const GatherPlan& plan;
+  Source data;
   T* packed;
 
   // Where the channels from c0 on of one chunk are.
@@ -32,16 +32,21 @@ struct GatherWeights {
     T* panel = panel_of(group, chunk, c0);
     if (plan.padded_weights || rows < plan.row_chunk)
       clear(panel, channels * plan.weights_per_channel);
-    const S* source = static_cast<const S*>(plan.weight.data) + group * plan.weight.group +
-                      c0 * plan.weight.channel + first * plan.weight.row;
+    const Source source =
+        data + (group * plan.weight.group + c0 * plan.weight.channel + first * plan.weight.row);
 
-    if (vectorizable()) return pack_by_vectors(source, rows, channels, panel);
+    if (plan.weight_at(1, 0) != 1) {
+      if (kernel_contiguous() || plan.weight.channel == 1)
+        return pack_by_channels(source, rows, channels, panel);
+    } else if (vectorizable()) {
+      return pack_by_vectors(source, rows, channels, panel);
+    }
     int64_t from[kScatter], to[kScatter];
     int64_t count = 0;
     const auto flush = [&] {
       for (int64_t c = 0; c < channels; ++c) {
-        const S* x = source + c * plan.weight.channel;
-        T* y = panel + c * plan.row_width;
+        const Source x = source + c * plan.weight.channel;
+        T* y = panel + plan.weight_at(0, c);
         for (int64_t i = 0; i < count; ++i) y[to[i]] = convert<T>(x[from[i]]);
       }
       count = 0;
@@ -55,7 +60,7 @@ struct GatherWeights {
             const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
             const int64_t base =
                 channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
-                local % plan.row_width;
+                plan.weight_at(local % plan.row_width, 0);
             for (int64_t th = 0; th < taps_h; ++th)
               for (int64_t tw = 0; tw < taps_w; ++tw) {
                 const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
@@ -82,7 +87,7 @@ struct GatherWeights {
     return plan.weight.kernel_w == 1 && plan.weight.kernel_h == plan.params.problem.w.kernel;
   }
 
-  DECONV_PHASE void pack_by_vectors(const S* source, int64_t rows, int64_t channels,
+  DECONV_PHASE void pack_by_vectors(Source source, int64_t rows, int64_t channels,
                                     T* panel) const {
     constexpr int64_t kN = kLanes<T>;
     // Where a kernel element goes: its first tile of rows, and how far the next tile is. Elements
@@ -106,7 +111,7 @@ struct GatherWeights {
            lane += step) {
         const int64_t row = tile * plan.row_width + lane;
         const int64_t count = min_of(min_of(step, plan.row_width - lane), rows - row);
-        const S* from = source + row * plan.weight.row;
+        const Source from = source + row * plan.weight.row;
         const auto put = [&](int64_t k, int64_t c, Vector<T> v) {
           if (places[k].first < 0) return;
           T* place =
@@ -114,7 +119,7 @@ struct GatherWeights {
           store_first(place, v, count);
         };
         // A square of rows times the contiguous axis, `left` elements of it, transposed.
-        const auto load_square = [&](const S* corner, int64_t left, Vector<T>* square) {
+        const auto load_square = [&](Source corner, int64_t left, Vector<T>* square) {
           for (int64_t i = 0; i < kN; ++i)
             square[i] =
                 i < count ? load_every<T, 1>(corner + i * plan.weight.row, left) : Vector<T>{};
@@ -130,7 +135,7 @@ struct GatherWeights {
           continue;
         }
         for (int64_t k = 0; k < elements; ++k) {
-          const S* element = from + k / plan.params.problem.w.kernel * plan.weight.kernel_h +
+          const Source element = from + k / plan.params.problem.w.kernel * plan.weight.kernel_h +
                              k % plan.params.problem.w.kernel * plan.weight.kernel_w;
           if (plan.weight.row == 1) {
             for (int64_t c = 0; c < channels; ++c)
@@ -143,6 +148,56 @@ struct GatherWeights {
           }
         }
       }
+  }
+
+  // Channels of a row lie together in the panel (plan.weight_at): vectors of channels are moved.
+  DECONV_PHASE void pack_by_channels(Source source, int64_t rows, int64_t channels,
+                                     T* panel) const {
+    constexpr int64_t kN = kLanes<T>;
+    const int64_t kernel_w = plan.params.problem.w.kernel,
+                  elements = plan.params.problem.h.kernel * kernel_w;
+    int64_t* places = static_cast<int64_t*>(thread_scratch(elements * sizeof(int64_t)));
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t k = 0; k < elements; ++k) places[k] = -1;  // no input
+      for (const GatherClass& g : plan.classes) {
+        const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+        const int64_t taps_h = h.offsets.size(), taps_w = w.offsets.size();
+        for (int64_t rh = 0; rh < h.phases; ++rh)
+          for (int64_t rw = 0; rw < w.phases; ++rw) {
+            const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
+            const int64_t base =
+                channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
+                plan.weight_at(local % plan.row_width, 0);
+            for (int64_t th = 0; th < taps_h; ++th)
+              for (int64_t tw = 0; tw < taps_w; ++tw) {
+                const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
+                if (kh >= 0 && kw >= 0)
+                  places[kh * kernel_w + kw] =
+                      base + (th * taps_w + tw) * channels * plan.row_width;
+              }
+          }
+      }
+      const Source from = source + row * plan.weight.row;
+      for (int64_t c = 0; c < channels; c += kN) {
+        T* to = panel + plan.weight_at(0, c);
+        const auto put = [&](int64_t k, Vector<T> v) {
+          if (places[k] >= 0) store_vector(to + places[k], v);
+        };
+        if (plan.weight.channel == 1) {
+          for (int64_t k = 0; k < elements; ++k)
+            put(k, load_as<T>(from + (c + k / kernel_w * plan.weight.kernel_h +
+                                      k % kernel_w * plan.weight.kernel_w)));
+          continue;
+        }
+        for (int64_t k = 0; k < elements; k += kN) {
+          Vector<T> square[kN];
+          for (int64_t i = 0; i < kN; ++i)
+            square[i] = load_every<T, 1>(from + ((c + i) * plan.weight.channel + k), elements - k);
+          transpose_step<T, kN / 2>(square);
+          for (int64_t j = 0; j < min_of(kN, elements - k); ++j) put(k + j, square[j]);
+        }
+      }
+    }
   }
 };
 

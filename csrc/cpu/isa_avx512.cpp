@@ -1,4 +1,4 @@
-// The CPU kernels for AVX-512. Standard headers come before the switch of target, so that nothing
+// The CPU kernels for AVX-512, and with AMX where a processor has that too. Standard headers come before the switch of target, so that nothing
 // shared is compiled for it.
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -17,12 +17,21 @@
 #include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 11 && defined(__linux__)
+#define DECONV_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #define DECONV_ISA avx512
 #define DECONV_VECTOR_BYTES 64
 #define DECONV_VECTOR_REGISTERS 32
 #include "instantiate.h"
+#ifdef DECONV_AMX
+#include "gather_amx.h"
+#endif
 #pragma GCC pop_options
 
 namespace deconv {
@@ -39,8 +48,41 @@ const Kernels* avx512_kernels() {
   static const Kernels kernels = avx512::table("avx512", supported);
   return &kernels;
 }
+
+#ifdef DECONV_AMX
+namespace {
+// The processor has AMX for bfloat16, and the system lets this process use its registers, for which
+// one has to ask.
+bool amx_supported() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  static const bool granted = supported() && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+                              (d & kBf16) && (d & kTile) &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+
+void gather_gemm_or_amx(Op op, const Params& params, int threads) {
+  avx512::amx_takes(op, params) ? avx512::gather_amx(op, params, threads)
+                                : avx512_kernels()->gather_gemm(op, params, threads);
+}
+}  // namespace
+
+const Kernels* amx_kernels() {
+  static const Kernels kernels = [] {
+    Kernels all = avx512::table("amx", amx_supported);
+    all.gather_gemm = gather_gemm_or_amx;
+    return all;
+  }();
+  return &kernels;
+}
+#else
+const Kernels* amx_kernels() { return nullptr; }
+#endif
 }  // namespace cpu
 }  // namespace deconv
 #else
 const deconv::cpu::Kernels* deconv::cpu::avx512_kernels() { return nullptr; }
+const deconv::cpu::Kernels* deconv::cpu::amx_kernels() { return nullptr; }
 #endif

@@ -17,6 +17,7 @@ struct Kernels {
 };
 
 // Null where the compiler or the architecture lacks the instruction set.
+const Kernels* amx_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

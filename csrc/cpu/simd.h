@@ -200,10 +200,17 @@ inline void store_first(T* p, Vector<T> v, int64_t count) {
 #endif
 }
 
+template <class S>
+inline void prefetch(const S* p) {
+  __builtin_prefetch(p);
+}
+
+// From here on P is a pointer to elements, or what reads as one (pairs.h).
+
 // Every Stride-th of the elements from p on, Stride a power of two; all kLanes * Stride of them are
 // there.
-template <class T, int Stride, class S>
-inline Vector<T> load_every(const S* p) {
+template <class T, int Stride, class P>
+inline Vector<T> load_every(P p) {
   if constexpr (Stride == 1) {
     return load_as<T>(p);
   } else {
@@ -213,8 +220,8 @@ inline Vector<T> load_every(const S* p) {
 }
 
 // The same where `count` elements are there; lanes without one are zero.
-template <class T, int Stride, class S>
-inline Vector<T> load_every(const S* p, int64_t count) {
+template <class T, int Stride, class P>
+inline Vector<T> load_every(P p, int64_t count) {
   constexpr int64_t kHalf = kLanes<T> * Stride / 2;
   if constexpr (Stride == 1) {
     return count >= kLanes<T> ? load_as<T>(p) : load_first<T>(p, count);
@@ -244,8 +251,8 @@ inline void copy_vectors(T* to, const T* from, int64_t vectors) {
 
 // to[i] = from[i * Stride], i < count. Up to the end of a vector zeros may be written too, where
 // `room` allows it: that is faster than a part of a vector.
-template <int Stride, class T, class S>
-inline void copy_every(T* to, const S* from, int64_t count, int64_t room) {
+template <int Stride, class T, class P>
+inline void copy_every(T* to, P from, int64_t count, int64_t room) {
   constexpr int64_t kN = kLanes<T>;
   int64_t i = 0;
   for (; (count - i - 1) * Stride + 1 >= kN * Stride; i += kN)
@@ -262,8 +269,8 @@ inline void copy_every(T* to, const S* from, int64_t count, int64_t room) {
 }
 
 // The same for any stride.
-template <class T, class S>
-inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count, int64_t room) {
+template <class T, class P>
+inline void copy_strided(T* to, P from, int64_t stride, int64_t count, int64_t room) {
   switch (stride) {
     case 1:
       return copy_every<1>(to, from, count, room);
@@ -276,8 +283,8 @@ inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count, in
   }
   for (int64_t i = 0; i < count; ++i) to[i] = convert<T>(from[i * stride]);
 }
-template <class T, class S>
-inline void copy_strided(T* to, const S* from, int64_t stride, int64_t count) {
+template <class T, class P>
+inline void copy_strided(T* to, P from, int64_t stride, int64_t count) {
   copy_strided(to, from, stride, count, count);
 }
 
@@ -302,8 +309,8 @@ DECONV_INLINE void split_residues(Vector<T>* v) {
 
 // to[r * pitch + i] = from[i * Stride + r] for all r < Stride and i < count, in whole vectors; zero
 // where only `left` elements are there.
-template <int Stride, class T, class S>
-inline void deinterleave_by(T* to, int64_t pitch, const S* from, int64_t count, int64_t left) {
+template <int Stride, class T, class P>
+inline void deinterleave_by(T* to, int64_t pitch, P from, int64_t count, int64_t left) {
   constexpr int kN = kLanes<T>;
   int64_t i = 0;
   for (; i < count && left >= (i + kN) * Stride; i += kN) {
@@ -354,8 +361,8 @@ inline void transpose_step(Vector<T>* rows) {
 }
 
 // to[j * to_stride + i] = from[i * from_stride + j] for i, j < kLanes
-template <class T, class S>
-inline void transpose_square(const S* from, int64_t from_stride, T* to, int64_t to_stride) {
+template <class T, class P>
+inline void transpose_square(P from, int64_t from_stride, T* to, int64_t to_stride) {
   constexpr int kN = kLanes<T>;
   Vector<T> rows[kN];
   for (int i = 0; i < kN; ++i) rows[i] = load_as<T>(from + i * from_stride);
@@ -364,8 +371,8 @@ inline void transpose_square(const S* from, int64_t from_stride, T* to, int64_t 
 }
 
 // deinterleave_by for any stride; `to` has room for whole vectors.
-template <class T, class S>
-inline void deinterleave(T* to, int64_t pitch, const S* from, int64_t stride, int64_t count,
+template <class T, class P>
+inline void deinterleave(T* to, int64_t pitch, P from, int64_t stride, int64_t count,
                          int64_t left) {
   switch (stride) {
     case 1:

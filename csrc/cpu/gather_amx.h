@@ -1,0 +1,175 @@
+// "gemm" for forward and grad_input in bfloat16 by AMX: the gather product (gather_gemm.h) whose
+// register tiles are tiles of AMX.
+//
+//     C[m][n] += sum over pairs of channels k of A[m][k].even * B[k][n].even + A[m][k].odd * B[k][n].odd
+//
+// One instruction takes 16 rows, 16 lanes and 16 pairs; products are exact, sums are float32. As
+// everywhere one side is weights and the other pixels (plan.rows_across). A tile of A is 16 rows of
+// 16 pairs, what channels_last pixels are in memory; a tile of B is 16 pairs of 16 lanes, a packed
+// panel. Denormal operands count as zero, whatever the caller's setting: the instruction knows no
+// other way.
+#pragma once
+
+#include "gather_gemm.h"
+#include "pairs.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+// Pairs, rows and lanes of a tile register.
+constexpr int64_t kAmxSide = 16;
+
+// Registers by number, in the text of an instruction. No memory is named: a tile is too large.
+template <int Register>
+DECONV_INLINE void load_amx(const float* p, int64_t pitch) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(pitch * 4), "i"(Register) : "memory");
+}
+template <int Register>
+DECONV_INLINE void store_amx(float* p, int64_t pitch) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(pitch * 4), "i"(Register) : "memory");
+}
+template <int Register>
+DECONV_INLINE void clear_amx() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(Register));
+}
+template <int C, int A, int B>
+DECONV_INLINE void multiply_amx() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// Tile registers belong to a thread, whose other code may shape them otherwise. So each product
+// begins by shaping them, all as 16 rows of 64 bytes, and leaves them free.
+struct AmxSession {
+  AmxSession() {
+    struct {
+      uint8_t palette, start, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } shape{};
+    static_assert(sizeof(shape) == 64, "as the instruction reads it");
+    shape.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      shape.row_bytes[i] = 64;
+      shape.rows[i] = kAmxSide;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  ~AmxSession() { asm volatile("tilerelease"); }
+  AmxSession(const AmxSession&) = delete;
+  AmxSession& operator=(const AmxSession&) = delete;
+};
+
+// f(0), ..., f(Count - 1), where the numbers are constants.
+template <int N>
+struct Number {
+  constexpr operator int() const { return N; }
+};
+template <int Count, class F>
+DECONV_INLINE void unroll(const F& f) {
+  if constexpr (Count > 0) {
+    unroll<Count - 1>(f);
+    f(Number<Count - 1>{});
+  }
+}
+
+// 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter side,
+// and in turns what is left for the longer one.
+template <int RM, int RN>
+void multiply_amx_tile(const Segment<float>* segments, int64_t count, const int64_t* row,
+                       int64_t step_a, int64_t step_b, const TileTarget<float>& to) {
+  constexpr bool kHoldA = RM <= RN;
+  constexpr int kHeld = RM * RN, kTurns = kHeld + (kHoldA ? RM : RN), kLeft = 8 - kTurns;
+  static_assert(kLeft >= 1, "the tile must stay in registers");
+  const int64_t pitch_a = row[1] - row[0];
+  unroll<RM * RN>([&](auto i) {
+    if (to.accumulate) {
+      load_amx<i>(to.c + i / RN * kAmxSide * to.pitch + i % RN * kAmxSide, to.pitch);
+    } else {
+      clear_amx<i>();
+    }
+  });
+  for (int64_t s = 0; s < count; ++s) {
+    const float *a = segments[s].a + row[0], *b = segments[s].b;
+    for (int64_t k = segments[s].length; k > 0; k -= kAmxSide) {
+      if constexpr (kHoldA) {
+        unroll<RM>([&](auto m) { load_amx<kHeld + m>(a + m * kAmxSide * pitch_a, pitch_a); });
+        unroll<RN>([&](auto n) {
+          load_amx<kTurns + n % kLeft>(b + n * kAmxSide, step_b);
+          unroll<RM>([&](auto m) { multiply_amx<m * RN + n, kHeld + m, kTurns + n % kLeft>(); });
+        });
+      } else {
+        unroll<RN>([&](auto n) { load_amx<kHeld + n>(b + n * kAmxSide, step_b); });
+        unroll<RM>([&](auto m) {
+          load_amx<kTurns + m % kLeft>(a + m * kAmxSide * pitch_a, pitch_a);
+          unroll<RN>([&](auto n) { multiply_amx<m * RN + n, kTurns + m % kLeft, kHeld + n>(); });
+        });
+      }
+      a += kAmxSide * step_a;
+      b += kAmxSide * step_b;
+    }
+  }
+  unroll<RM * RN>([&](auto i) {
+    store_amx<i>(to.c + i / RN * kAmxSide * to.pitch + i % RN * kAmxSide, to.pitch);
+  });
+}
+
+template <int RM, int RN>
+constexpr Tile<float> make_amx_tile() {
+  return {RM * static_cast<int>(kAmxSide), RN, multiply_amx_tile<RM, RN>};
+}
+
+// A multiplication takes 16 cycles for 16 pairs, a load 8.
+inline double amx_cycles_per_step(const Tile<float>& tile) {
+  const double rows = tile.rows / static_cast<double>(kAmxSide);
+  return max_of(rows * tile.vectors, 0.5 * (rows + tile.vectors)) + 0.25 * tile.vectors;
+}
+
+constexpr Tile<float> kAmxTiles[] = {make_amx_tile<2, 2>(), make_amx_tile<1, 4>(),
+                                     make_amx_tile<4, 1>(), make_amx_tile<1, 1>()};
+
+inline bool amx_takes(Op op, const Params& params) {
+  const Problem& p = params.problem;
+  const int64_t channels = (op == Op::kForward ? p.c_in : p.c_out) / p.groups;
+  return params.dtype == Dtype::kBFloat16 && channels % (2 * kAmxSide) == 0;
+}
+
+// Steps summed apart: no less than there are, for storing a tile and loading it again takes as long
+// as many steps, and what is stored in the end has 8 bits.
+constexpr int64_t kAllAtOnce = int64_t{1} << 60;
+
+inline void gather_amx(Op op, const Params& params, int threads) {
+  constexpr int kTiles = sizeof(kAmxTiles) / sizeof(kAmxTiles[0]);
+  TileShape shapes[kTiles];
+  for (int i = 0; i < kTiles; ++i)
+    shapes[i] = {kAmxTiles[i].rows, kAmxTiles[i].vectors * kLanes<float>,
+                 amx_cycles_per_step(kAmxTiles[i])};
+  const GatherPlan plan =
+      plan_gather(op, params, shapes, kTiles,
+                  {sizeof(BFloat16), sizeof(float), kLanes<float>, 2, kAmxSide}, threads);
+  float* packed = static_cast<float*>(call_scratch(plan.weight_elements() * sizeof(float)));
+  // Calls use(pointer to pairs).
+  const auto with_pairs = [](const void* data, bool as_is, int64_t channel, const auto& use) {
+    if (as_is) {
+      use(static_cast<const float*>(data));
+    } else {
+      use(PairRows{static_cast<const BFloat16*>(data), channel / 2});
+    }
+  };
+  with_pairs(plan.source.data, plan.source_as_is, plan.source.stride[1], [&](auto x) {
+    with_pairs(plan.weight.data, plan.weight_as_is, plan.weight.channel, [&](auto w) {
+      run_gather(GatherGemm<BFloat16, float, decltype(x), decltype(w), AmxSession>{
+                     plan,
+                     kAmxTiles[plan.tile],
+                     kAllAtOnce,
+                     {plan, w, packed},
+                     {plan, x},
+                     {plan}},
+                 threads);
+    });
+  });
+}
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv
