@@ -242,7 +242,10 @@ struct GatherStore {
                   sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, 0, rh, rw), run->at + i);
               S* __restrict to =
                   target + plan.target.at(plan.batch_innermost ? run->n + i : run->n, 0, th, tw);
-              for (int64_t row = 0; row < rows; ++row) to[row] = convert<S>(from[row] + bias[row]);
+              int64_t row = 0;
+              for (; row + kLanes<T> <= rows; row += kLanes<T>)
+                store_as(to + row, load_vector(from + row) + load_vector(bias + row));
+              for (; row < rows; ++row) to[row] = convert<S>(from[row] + bias[row]);
             }
         }
     }

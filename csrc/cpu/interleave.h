@@ -8,12 +8,23 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
+// to[i * Width + p] = from[p][at + i] + bias
 template <int Width, class S, class T>
 inline void interleave_full(S* __restrict to, const T* const* from, int64_t at, int64_t count,
                             T bias) {
   const T* source[Width];
   for (int p = 0; p < Width; ++p) source[p] = from[p] + at;
-  for (int64_t i = 0; i < count; ++i)
+  int64_t i = 0;
+  if constexpr ((Width & (Width - 1)) == 0) {
+    constexpr int64_t kN = kLanes<T>;
+    for (; i + kN <= count; i += kN) {
+      Vector<T> v[Width];
+      for (int p = 0; p < Width; ++p) v[p] = load_vector(source[p] + i) + bias;
+      join_residues<T, Width>(v);
+      for (int p = 0; p < Width; ++p) store_as(to + i * Width + p * kN, v[p]);
+    }
+  }
+  for (; i < count; ++i)
     for (int p = 0; p < Width; ++p) to[i * Width + p] = convert<S>(source[p][i] + bias);
 }
 
@@ -40,6 +51,8 @@ inline void interleave(S* to, int64_t start, int64_t step, int64_t size, const T
     interleave_full<3>(inner, from, at + head, tail - head, bias);
   } else if (width == 4 && step == 4) {
     interleave_full<4>(inner, from, at + head, tail - head, bias);
+  } else if (width == 8 && step == 8) {
+    interleave_full<8>(inner, from, at + head, tail - head, bias);
   } else {
     for (int64_t i = head; i < tail; ++i)
       for (int64_t p = 0; p < width; ++p)

@@ -104,6 +104,43 @@ inline Vector<T> load_as(const S* p) {
   }
 }
 
+// Float32 rounded to 16-bit storage, to the nearest, ties to even.
+#if DECONV_VECTOR_BYTES == 64
+inline HalfWords narrow(Vector<float> v, Float16) {
+  return _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+}
+inline HalfWords narrow(Vector<float> v, BFloat16) {
+  const __m512i bits = reinterpret_cast<__m512i>(v), high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v),
+                                           reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+#else
+template <class S>
+inline HalfWords narrow(Vector<float> v, S) {
+  HalfWords words;
+  S stored[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) stored[i] = convert<S>(v[i]);
+  __builtin_memcpy(&words, stored, sizeof(words));
+  return words;
+}
+#endif
+
+// A vector of T to consecutive elements of the storage type.
+template <class S, class V>
+inline void store_as(S* p, V v) {
+  if constexpr (sizeof(S) == 2) {
+    const HalfWords words = narrow(v, S{});
+    __builtin_memcpy(p, &words, sizeof(words));
+  } else {
+    store_vector<S>(p, v);
+  }
+}
+
 // Integer lanes of the same width: the type of a shuffle's mask.
 template <int Bytes>
 struct IntegerOf;
@@ -303,6 +340,36 @@ DECONV_INLINE void split_residues(Vector<T>* v) {
     for (int i = 0; i < kHalf; ++i) {
       v[2 * i] = even[i];
       v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
+// Half `Half` of the lanes of a and b in turns.
+template <class T, int Half>
+inline Vector<T> zip_lanes(Vector<T> a, Vector<T> b) {
+  typedef typename IntegerOf<sizeof(T)>::type Index;
+  Vector<Index> mask;
+  constexpr int kN = kLanes<T>;
+  for (int i = 0; i < kN; ++i)
+    mask[i] = static_cast<Index>(Half * kN / 2 + i / 2 + (i % 2 ? kN : 0));
+  return __builtin_shuffle(a, b, mask);
+}
+
+// The inverse: v[0], v[1], ... become in a row what takes one lane of each of them in turns.
+template <class T, int Stride>
+DECONV_INLINE void join_residues(Vector<T>* v) {
+  if constexpr (Stride > 1) {
+    constexpr int kHalf = Stride / 2;
+    Vector<T> even[kHalf], odd[kHalf];
+    for (int i = 0; i < kHalf; ++i) {
+      even[i] = v[2 * i];
+      odd[i] = v[2 * i + 1];
+    }
+    join_residues<T, kHalf>(even);
+    join_residues<T, kHalf>(odd);
+    for (int i = 0; i < kHalf; ++i) {
+      v[2 * i] = zip_lanes<T, 0>(even[i], odd[i]);
+      v[2 * i + 1] = zip_lanes<T, 1>(even[i], odd[i]);
     }
   }
 }
