@@ -440,9 +440,11 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.pixel_width = layout.rows_across ? tiles[layout.tile].rows : tiles[layout.tile].lanes;
   plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
   // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the
-  // strided access.
+  // strided access; where neighbouring elements are not channels, which a tile needs anyway, if more
+  // than a fifth do.
   plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
-  plan.batch_innermost = plan.batch >= lanes && plan.valid_fraction < 0.85;
+  plan.batch_innermost =
+      plan.batch >= lanes && plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : 0.8);
   choose_blocks(plan, element_bytes, threads);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);
