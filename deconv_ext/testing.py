@@ -348,6 +348,9 @@ _EDGES: tuple[tuple[str, Any, int, str], ...] = (  # name, for make_case, groups
     ("long_reduction", ((1, 700, 3, 2), 5, 3, 2, 1, 1), 1, "several blocks of input channels"),
     ("many_outputs", ((1, 3, 2, 3), 530, 3, 2, 1, 1), 1, "several blocks of output channels"),
     ("many_pixels", ((2, 3, 40, 37), 2, 3, 2, 1, 1), 1, "dw is a sum over many pixels"),
+    ("channels_32", ((2, 96, 7, 9), 64, 4, 2, 1), 1, "what matrix instructions multiply at a time"),
+    ("channels_32_groups", ((1, 64, 5, 6), 128, 3, 2, 1, 1), 2, "the same in groups"),
+    ("channels_32_few", ((1, 32, 9, 40), 3, 4, 2, 1), 1, "the same, for a few rows of all phases"),
 )
 EDGE = tuple(
     dataclasses.replace(make_case(name, *arguments), groups=groups, note=note)

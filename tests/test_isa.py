@@ -1,5 +1,6 @@
 """One binary for several instruction sets, and no instruction that the machine in use may lack."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -10,15 +11,18 @@ import pytest
 import torch
 
 import deconv_ext.build
-from deconv_ext.testing import EDGE, TINY
-from support import OPERATIONS, C, assert_same_bits, cast, exact, run, use_isa
+from deconv_ext.testing import EDGE, TINY, make_case, relayout
+from support import OPERATIONS, C, assert_equal, assert_same_bits, cast, exact, run, use_isa
 
-#: What x86-64 has from the beginning; more is in the namespaces deconv::cpu::{avx2,avx512} only.
+#: What x86-64 has from the beginning; more is in the namespaces deconv::cpu::{avx2,avx512} only,
+#: and AMX there in functions that are named after it.
+NEEDS_AMX = re.compile(r"^(?:tile|tdp|ldtilecfg|sttilecfg)")
 NEEDS_AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])\b")
 NEEDS_AVX2 = re.compile(
     r"^v(?!er[rw]\b)\w+|^(?:andn|bextr|blsi|blsr|blsmsk|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b"
 )
 NAMES = ("avx512", "avx2", "portable")
+BITS_OF_A_DENORMAL = 0x40  # of a bfloat16: 2^-127
 
 
 def instructions() -> dict[str, list[str]]:
@@ -55,8 +59,11 @@ def test_vector_instructions_stay_in_their_namespace() -> None:
         allowed = next((isa for isa in NAMES if f"cpu::{isa}::" in name), "portable")
         assert NAMES.index(least) >= NAMES.index(allowed), f"{name} needs {least}"
         found[least] += 1
+        amx = any(NEEDS_AMX.search(line) for line in code)
+        assert not amx or "amx" in name.lower(), f"{name} needs amx"
+        found["amx"] = found.get("amx", 0) + amx
     if sys.platform == "linux" and os.uname().machine == "x86_64":
-        assert min(found.values()) > 10, found
+        assert min(found.values()) > 2, found
 
 
 def test_the_patterns_know_the_instructions() -> None:
@@ -65,17 +72,59 @@ def test_the_patterns_know_the_instructions() -> None:
     assert needs(["vmovups (%rax),%ymm1{%k1}"]) == "avx512"
     assert needs(["vmovups (%rax),%ymm3"]) == "avx2"
     assert needs(["shlx %rax,%rbx,%rcx"]) == "avx2"
+    assert NEEDS_AMX.search("tdpbf16ps %tmm1,%tmm2,%tmm3") and NEEDS_AMX.search("tilerelease")
     assert needs(["verr %ax", "movups (%rax),%xmm3", "call 1234 <f>", "ret"]) == "portable"
 
 
 def test_the_machine_is_asked() -> None:
     """What is offered is what the processor has, best first; portable code is always there."""
     assert C.cpu_isas()[-1] == "portable" and C.cpu_isa() in C.cpu_isas()
-    assert C.cpu_isas() == [name for name in NAMES if name in C.cpu_isas()]
+    assert C.cpu_isas() == [name for name in ("amx", *NAMES) if name in C.cpu_isas()]
     flags = Path("/proc/cpuinfo").read_text().split()
     assert ("avx2" in C.cpu_isas()) == ("avx2" in flags and "fma" in flags)
     wanted = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
     assert ("avx512" in C.cpu_isas()) == (wanted <= set(flags))
+    assert ("amx" in C.cpu_isas()) == (wanted | {"amx_tile", "amx_bf16"} <= set(flags))
+
+
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_amx_multiplies_what_it_is_for(isa: str) -> None:
+    """Its instructions alone take denormal operands for zero: here one can see who computed."""
+    for channels, whole in ((64, True), (63, False)):
+        case = make_case("denormal", (1, channels, 5, 6), channels, 3, 2, 1, 1)
+        t = case.operands(0, torch.bfloat16)
+        for tensor in (t.x, t.dy):
+            tensor.view(torch.int16).fill_(BITS_OF_A_DENORMAL)
+        t.w.fill_(1024)
+        t.bias.zero_()
+        with use_isa(isa):
+            for op in ("forward", "grad_input"):
+                flushed = not run(op, case, t).any()
+                assert flushed == (isa == "amx" and whole), (op, channels)
+
+
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_bfloat16_of_any_strides(isa: str) -> None:
+    """Pairs of channels that lie apart, next to each other, or so at an address that is odd."""
+    case = make_case("strides", (3, 64, 6, 21), 96, 4, 2, 1, 0, 1, 2)
+    operands, results = exact(case, False)
+    plain = cast(operands, torch.bfloat16)
+    with use_isa(isa):
+        for x, w, dy in itertools.product(("contiguous", "channels_last", "sliced"), repeat=3):
+            t = plain._replace(
+                x=relayout(plain.x, x), w=relayout(plain.w, w), dy=relayout(plain.dy, dy)
+            )
+            for op in ("forward", "grad_input"):
+                assert_equal(run(op, case, t), results[op].to(torch.bfloat16), (op, x, w, dy))
+        last = cast(operands, torch.bfloat16, "channels_last")
+        odd = last._replace(x=at_odd_address(last.x), w=at_odd_address(last.w))
+        assert_equal(run("forward", case, odd), results["forward"].to(torch.bfloat16), "odd")
+
+
+def at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, from the second element of its memory on."""
+    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def in_a_process(isa: str) -> subprocess.CompletedProcess:
