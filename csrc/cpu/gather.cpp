@@ -47,7 +47,8 @@ void pair_channels(GatherPlan& plan, int64_t pair) {
   const Problem& p = plan.params.problem;
   const auto count = [&](const void* data, int64_t& channel,
                          std::initializer_list<std::pair<int64_t*, int64_t>> others) {
-    bool aligned = channel == 1 && reinterpret_cast<uintptr_t>(data) % (pair * plan.stored_bytes) == 0;
+    bool aligned =
+        channel == 1 && reinterpret_cast<uintptr_t>(data) % (pair * plan.stored_bytes) == 0;
     for (const auto& [stride, size] : others) aligned &= size == 1 || *stride % pair == 0;
     if (!aligned) {
       channel *= pair;
@@ -57,9 +58,8 @@ void pair_channels(GatherPlan& plan, int64_t pair) {
     return true;
   };
   auto& s = plan.source.stride;
-  plan.source_as_is =
-      count(plan.source.data, s[1],
-            {{&s[0], plan.batch}, {&s[2], plan.h.source}, {&s[3], plan.w.source}});
+  plan.source_as_is = count(plan.source.data, s[1],
+                            {{&s[0], plan.batch}, {&s[2], plan.h.source}, {&s[3], plan.w.source}});
   WeightRef& w = plan.weight;
   plan.weight_as_is = count(w.data, w.channel,
                             {{&w.group, plan.groups},
@@ -225,7 +225,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                       static_cast<double>(ceil_div(rows, row_width)) * step /
                       static_cast<double>(pixel_width);
           outputs += static_cast<double>(rows);
-          contiguous = static_cast<double>(by_phase ? plan.rows : w.phases);
+          contiguous = static_cast<double>(by_phase ? std::min(plan.rows, row_width) : w.phases);
         }
       if (images > 0) {
         const auto pixels = static_cast<double>(images) * positions;
@@ -421,9 +421,9 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   for (int option = 0; option < 4; ++option) {
     const bool h = option & 1, w = option & 2;
     if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
-    const double cycles =
-        best_layout(make_gather(op, params, format, h, w), tiles, tile_count, lanes, element_bytes, 0)
-            .cycles;
+    const double cycles = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
+                                      lanes, element_bytes, 0)
+                              .cycles;
     if (cycles < least) {
       least = cycles;
       merged_h = h;
@@ -440,8 +440,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.pixel_width = layout.rows_across ? tiles[layout.tile].rows : tiles[layout.tile].lanes;
   plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
   // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the
-  // strided access; where neighbouring elements are not channels, which a tile needs anyway, if more
-  // than a fifth do.
+  // strided access; where neighbouring elements are not channels, which a tile needs anyway, if
+  // more than a fifth do.
   plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
   plan.batch_innermost =
       plan.batch >= lanes && plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : 0.8);

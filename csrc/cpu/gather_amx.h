@@ -1,7 +1,8 @@
 // "gemm" for forward and grad_input in bfloat16 by AMX: the gather product (gather_gemm.h) whose
 // register tiles are tiles of AMX.
 //
-//     C[m][n] += sum over pairs of channels k of A[m][k].even * B[k][n].even + A[m][k].odd * B[k][n].odd
+//     C[m][n] += sum over pairs of channels k of A[m][k].even * B[k][n].even + A[m][k].odd *
+//     B[k][n].odd
 //
 // One instruction takes 16 rows, 16 lanes and 16 pairs; products are exact, sums are float32. As
 // everywhere one side is weights and the other pixels (plan.rows_across). A tile of A is 16 rows of
@@ -73,8 +74,8 @@ DECONV_INLINE void unroll(const F& f) {
   }
 }
 
-// 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter side,
-// and in turns what is left for the longer one.
+// 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter
+// side, and in turns what is left for the longer one.
 template <int RM, int RN>
 void multiply_amx_tile(const Segment<float>* segments, int64_t count, const int64_t* row,
                        int64_t step_a, int64_t step_b, const TileTarget<float>& to) {
@@ -158,14 +159,10 @@ inline void gather_amx(Op op, const Params& params, int threads) {
   };
   with_pairs(plan.source.data, plan.source_as_is, plan.source.stride[1], [&](auto x) {
     with_pairs(plan.weight.data, plan.weight_as_is, plan.weight.channel, [&](auto w) {
-      run_gather(GatherGemm<BFloat16, float, decltype(x), decltype(w), AmxSession>{
-                     plan,
-                     kAmxTiles[plan.tile],
-                     kAllAtOnce,
-                     {plan, w, packed},
-                     {plan, x},
-                     {plan}},
-                 threads);
+      run_gather(
+          GatherGemm<BFloat16, float, decltype(x), decltype(w), AmxSession>{
+              plan, kAmxTiles[plan.tile], kAllAtOnce, {plan, w, packed}, {plan, x}, {plan}},
+          threads);
     });
   });
 }

@@ -87,8 +87,7 @@ struct GatherWeights {
     return plan.weight.kernel_w == 1 && plan.weight.kernel_h == plan.params.problem.w.kernel;
   }
 
-  DECONV_PHASE void pack_by_vectors(Source source, int64_t rows, int64_t channels,
-                                    T* panel) const {
+  DECONV_PHASE void pack_by_vectors(Source source, int64_t rows, int64_t channels, T* panel) const {
     constexpr int64_t kN = kLanes<T>;
     // Where a kernel element goes: its first tile of rows, and how far the next tile is. Elements
     // without an input have no place.
@@ -136,7 +135,7 @@ struct GatherWeights {
         }
         for (int64_t k = 0; k < elements; ++k) {
           const Source element = from + k / plan.params.problem.w.kernel * plan.weight.kernel_h +
-                             k % plan.params.problem.w.kernel * plan.weight.kernel_w;
+                                 k % plan.params.problem.w.kernel * plan.weight.kernel_w;
           if (plan.weight.row == 1) {
             for (int64_t c = 0; c < channels; ++c)
               put(k, c, load_every<T, 1>(element + c * plan.weight.channel, count));

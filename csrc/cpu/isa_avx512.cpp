@@ -1,5 +1,5 @@
-// The CPU kernels for AVX-512, and with AMX where a processor has that too. Standard headers come before the switch of target, so that nothing
-// shared is compiled for it.
+// The CPU kernels for AVX-512, and with AMX where a processor has that too. Standard headers come
+// before the switch of target, so that nothing shared is compiled for it.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif

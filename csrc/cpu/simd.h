@@ -63,7 +63,8 @@ inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
-// 16-bit storage in the low halves, exactly widened to float32: by instructions where there are some.
+// 16-bit storage in the low halves, exactly widened to float32: by instructions where there are
+// some.
 #if DECONV_VECTOR_BYTES == 64
 typedef __m256i HalfWords;
 inline Vector<float> widen(HalfWords v, Float16) {
@@ -114,10 +115,9 @@ inline HalfWords narrow(Vector<float> v, BFloat16) {
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(
       _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v),
-                                           reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  const __mmask16 nan =
+      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 #else
 template <class S>
