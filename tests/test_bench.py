@@ -338,5 +338,6 @@ def test_plot_draws_bars_and_roofline(result: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
-def test_the_tables_of_the_readme_are_what_their_json_says() -> None:
-    assert bench.main(["--check-readme", str(Path(__file__).parent.parent / "README.md")]) == 0
+@pytest.mark.parametrize("page", ("README.md", "docs/tuning.md"))
+def test_the_tables_of_the_documentation_are_what_their_json_says(page: str) -> None:
+    assert bench.main(["--check-readme", str(Path(__file__).parent.parent / page)]) == 0
