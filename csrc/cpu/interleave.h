@@ -23,6 +23,16 @@ inline void interleave_full(S* __restrict to, const T* const* from, int64_t at, 
       join_residues<T, Width>(v);
       for (int p = 0; p < Width; ++p) store_as(to + i * Width + p * kN, v[p]);
     }
+    // Rows are often shorter than a vector, or end with less than one.
+    if (const int64_t left = count - i; left > 0) {
+      Vector<T> v[Width];
+      for (int p = 0; p < Width; ++p) v[p] = load_first<T>(source[p] + i, left) + bias;
+      join_residues<T, Width>(v);
+      for (int p = 0; p < Width; ++p)
+        if (left * Width > p * kN)
+          store_first_as(to + i * Width + p * kN, v[p], min_of(kN, left * Width - p * kN));
+    }
+    return;
   }
   for (; i < count; ++i)
     for (int p = 0; p < Width; ++p) to[i * Width + p] = convert<S>(source[p][i] + bias);

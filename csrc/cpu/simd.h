@@ -237,6 +237,21 @@ inline void store_first(T* p, Vector<T> v, int64_t count) {
 #endif
 }
 
+// The first `count` lanes, rounded to the storage type.
+template <class S, class V>
+inline void store_first_as(S* p, V v, int64_t count) {
+  if constexpr (sizeof(S) == 2) {
+    const HalfWords words = narrow(v, S{});
+#if DECONV_VECTOR_BYTES == 64
+    _mm256_mask_storeu_epi16(p, (1u << count) - 1, words);
+#else
+    __builtin_memcpy(p, &words, count * sizeof(S));
+#endif
+  } else {
+    store_first<S>(p, v, count);
+  }
+}
+
 template <class S>
 inline void prefetch(const S* p) {
   __builtin_prefetch(p);
