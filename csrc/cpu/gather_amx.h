@@ -135,7 +135,8 @@ inline bool amx_takes(Op op, const Params& params) {
   return params.dtype == Dtype::kBFloat16 && channels % (2 * kAmxSide) == 0;
 }
 
-// Steps summed apart: no less than there are, for a result of 8 bits gains nothing from partial sums.
+// Steps summed apart: no less than there are, for a result of 8 bits gains nothing from partial
+// sums.
 constexpr int64_t kAllAtOnce = int64_t{1} << 60;
 
 inline void gather_amx(Op op, const Params& params, int threads) {
