@@ -54,6 +54,7 @@ def test_vector_instructions_stay_in_their_namespace() -> None:
     functions = instructions()
     assert any("PyInit" in name for name in functions), "no symbols: nothing was looked at"
     found = {name: 0 for name in NAMES}
+    amx_functions = 0
     for name, code in functions.items():
         least = needs(code)
         allowed = next((isa for isa in NAMES if f"cpu::{isa}::" in name), "portable")
@@ -61,9 +62,10 @@ def test_vector_instructions_stay_in_their_namespace() -> None:
         found[least] += 1
         amx = any(NEEDS_AMX.search(line) for line in code)
         assert not amx or "amx" in name.lower(), f"{name} needs amx"
-        found["amx"] = found.get("amx", 0) + amx
+        amx_functions += amx
     if sys.platform == "linux" and os.uname().machine == "x86_64":
-        assert min(found.values()) > 2, found
+        assert min(found.values()) > 10, found
+        assert amx_functions > 2
 
 
 def test_the_patterns_know_the_instructions() -> None:

@@ -51,28 +51,37 @@ struct GatherWeights {
       }
       count = 0;
     };
-    for (const GatherClass& g : plan.classes) {
-      const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-      const int64_t taps_h = h.offsets.size(), taps_w = w.offsets.size();
+    for (const GatherClass& g : plan.classes)
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t rh = 0; rh < h.phases; ++rh)
-          for (int64_t rw = 0; rw < w.phases; ++rw) {
-            const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
-            const int64_t base =
-                channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
-                plan.weight_at(local % plan.row_width, 0);
-            for (int64_t th = 0; th < taps_h; ++th)
-              for (int64_t tw = 0; tw < taps_w; ++tw) {
-                const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
-                if (kh < 0 || kw < 0) continue;
-                from[count] =
-                    row * plan.weight.row + kh * plan.weight.kernel_h + kw * plan.weight.kernel_w;
-                to[count] = base + (th * taps_w + tw) * channels * plan.row_width;
-                if (++count == kScatter) flush();
-              }
-          }
-    }
+        for_each_place(g, rows, row, channels, [&](int64_t kh, int64_t kw, int64_t place) {
+          from[count] =
+              row * plan.weight.row + kh * plan.weight.kernel_h + kw * plan.weight.kernel_w;
+          to[count] = place;
+          if (++count == kScatter) flush();
+        });
     flush();
+  }
+
+  // Calls f(kh, kw, place) for every kernel element of a row that a class uses, with the place of
+  // its first channel in the panel.
+  template <class F>
+  void for_each_place(const GatherClass& g, int64_t rows, int64_t row, int64_t channels,
+                      const F& f) const {
+    const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
+    const int64_t taps_h = h.offsets.size(), taps_w = w.offsets.size();
+    for (int64_t rh = 0; rh < h.phases; ++rh)
+      for (int64_t rw = 0; rw < w.phases; ++rw) {
+        const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
+        const int64_t base =
+            channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
+            plan.weight_at(local % plan.row_width, 0);
+        for (int64_t th = 0; th < taps_h; ++th)
+          for (int64_t tw = 0; tw < taps_w; ++tw) {
+            const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
+            if (kh >= 0 && kw >= 0)
+              f(kh, kw, base + (th * taps_w + tw) * channels * plan.row_width);
+          }
+      }
   }
 
   // One phase a class, so that neighbouring rows are neighbouring lanes, and some axis of the
@@ -158,24 +167,10 @@ struct GatherWeights {
     int64_t* places = static_cast<int64_t*>(thread_scratch(elements * sizeof(int64_t)));
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < elements; ++k) places[k] = -1;  // no input
-      for (const GatherClass& g : plan.classes) {
-        const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-        const int64_t taps_h = h.offsets.size(), taps_w = w.offsets.size();
-        for (int64_t rh = 0; rh < h.phases; ++rh)
-          for (int64_t rw = 0; rw < w.phases; ++rw) {
-            const int64_t local = plan.row_of(h, w, rows, row, rh, rw);
-            const int64_t base =
-                channels * (g.first_weight + local / plan.row_width * plan.row_width * g.taps) +
-                plan.weight_at(local % plan.row_width, 0);
-            for (int64_t th = 0; th < taps_h; ++th)
-              for (int64_t tw = 0; tw < taps_w; ++tw) {
-                const int64_t kh = h.k[rh * taps_h + th], kw = w.k[rw * taps_w + tw];
-                if (kh >= 0 && kw >= 0)
-                  places[kh * kernel_w + kw] =
-                      base + (th * taps_w + tw) * channels * plan.row_width;
-              }
-          }
-      }
+      for (const GatherClass& g : plan.classes)
+        for_each_place(g, rows, row, channels, [&](int64_t kh, int64_t kw, int64_t place) {
+          places[kh * kernel_w + kw] = place;
+        });
       const Source from = source + row * plan.weight.row;
       for (int64_t c = 0; c < channels; c += kN) {
         T* to = panel + plan.weight_at(0, c);

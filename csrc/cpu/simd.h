@@ -63,35 +63,24 @@ inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
-// 16-bit storage in the low halves, exactly widened to float32: by instructions where there are
-// some.
+// As many 16-bit elements as float32 lanes, exactly widened: float16 by its instruction where there
+// is one.
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
+inline Vector<float> widen(HalfWords v, BFloat16) {
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(v, Vector<uint32_t>) << 16);
+}
+inline Vector<float> widen(HalfWords v, Float16) {
 #if DECONV_VECTOR_BYTES == 64
-typedef __m256i HalfWords;
-inline Vector<float> widen(HalfWords v, Float16) {
-  return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(v));
-}
-inline Vector<float> widen(HalfWords v, BFloat16) {
-  return reinterpret_cast<Vector<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-}
+  return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(v)));
 #elif DECONV_VECTOR_BYTES == 32
-typedef __m128i HalfWords;
-inline Vector<float> widen(HalfWords v, Float16) {
-  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(v));
-}
-inline Vector<float> widen(HalfWords v, BFloat16) {
-  return reinterpret_cast<Vector<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
-}
+  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(v)));
 #else
-struct HalfWords {
-  uint16_t bits[kLanes<float>];
-};
-template <class S>
-inline Vector<float> widen(const HalfWords& v, S) {
   float lanes[kLanes<float>];
-  for (int i = 0; i < kLanes<float>; ++i) lanes[i] = convert<float>(S{v.bits[i]});
+  for (int i = 0; i < kLanes<float>; ++i) lanes[i] = convert<float>(Float16{v[i]});
   return load_vector(lanes);
-}
 #endif
+}
 
 // One vector of T from consecutive elements of the storage type.
 template <class T, class S>
@@ -108,7 +97,8 @@ inline Vector<T> load_as(const S* p) {
 // Float32 rounded to 16-bit storage, to the nearest, ties to even.
 #if DECONV_VECTOR_BYTES == 64
 inline HalfWords narrow(Vector<float> v, Float16) {
-  return _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  return reinterpret_cast<HalfWords>(
+      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 }
 inline HalfWords narrow(Vector<float> v, BFloat16) {
   const __m512i bits = reinterpret_cast<__m512i>(v), high = _mm512_srli_epi32(bits, 16);
@@ -117,7 +107,8 @@ inline HalfWords narrow(Vector<float> v, BFloat16) {
       _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 nan =
       _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  return reinterpret_cast<HalfWords>(
+      _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))));
 }
 #else
 template <class S>
@@ -196,7 +187,7 @@ inline Vector<T> load_first(const S* p, int64_t count) {
   if constexpr (sizeof(S) == 2) {
     HalfWords words{};
 #if DECONV_VECTOR_BYTES == 64
-    words = _mm256_maskz_loadu_epi16((1u << count) - 1, p);
+    words = reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
 #else
     __builtin_memcpy(&words, p, count * sizeof(S));
 #endif
@@ -243,7 +234,7 @@ inline void store_first_as(S* p, V v, int64_t count) {
   if constexpr (sizeof(S) == 2) {
     const HalfWords words = narrow(v, S{});
 #if DECONV_VECTOR_BYTES == 64
-    _mm256_mask_storeu_epi16(p, (1u << count) - 1, words);
+    _mm256_mask_storeu_epi16(p, (1u << count) - 1, reinterpret_cast<__m256i>(words));
 #else
     __builtin_memcpy(p, &words, count * sizeof(S));
 #endif
@@ -359,7 +350,7 @@ DECONV_INLINE void split_residues(Vector<T>* v) {
   }
 }
 
-// Half `Half` of the lanes of a and b in turns.
+// The lanes of a and b in turns: of the low halves if Half is 0, of the high ones if it is 1.
 template <class T, int Half>
 inline Vector<T> zip_lanes(Vector<T> a, Vector<T> b) {
   typedef typename IntegerOf<sizeof(T)>::type Index;
@@ -370,7 +361,8 @@ inline Vector<T> zip_lanes(Vector<T> a, Vector<T> b) {
   return __builtin_shuffle(a, b, mask);
 }
 
-// The inverse: v[0], v[1], ... become in a row what takes one lane of each of them in turns.
+// The inverse of split_residues: v[0], v[1], ... become in a row what takes one lane of each of
+// them in turns.
 template <class T, int Stride>
 DECONV_INLINE void join_residues(Vector<T>* v) {
   if constexpr (Stride > 1) {
