@@ -1,6 +1,7 @@
 """What the tests of the binary module share: the operations, their definitions and torch's."""
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,19 @@ def must_accept(algo: str, case: Case, t: Operands) -> bool:
             for tensor in (t.x, t.dy)
         )
         return case.groups == case.c_in == case.c_out and channels_last and not t.w.is_complex()
+    if algo == "winograd":
+        # Taps of a phase that follow each other; their number and distances are bounded.
+        neighbours = any(
+            kernel >= 2 * stride and dilation == 1
+            for kernel, stride, dilation in zip(case.kernel, case.stride, case.dilation)
+        )
+        small = math.prod(case.kernel) <= 64 and math.prod(case.stride) <= 16
+        plain = all(
+            tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+            for tensor in (t.x, t.dy)
+        )
+        plain &= not t.w.is_complex()  # its parts are strided
+        return neighbours and small and plain and min(case.input_size) > 2
     assert algo in ("direct", "gemm"), f"say here what {algo} is made for"
     return True
 

@@ -79,7 +79,7 @@ def test_each_kind_of_call_is_timed_once(tmp_path: Path) -> None:
         assert entries == []  # while it lasts, calls are only put down
     assert {entry["op"] for entry in entries} == set(OPERATIONS) and len(entries) == 3
     for entry in entries:
-        assert set(entry["us"]) <= {"auto", "direct", "gemm"} and "auto" in entry["us"]
+        assert set(entry["us"]) <= {"auto", "direct", "gemm", "winograd"} and "auto" in entry["us"]
         fastest = min(entry["us"], key=entry["us"].get)
         assert entry["algo"] in (fastest, "auto") and min(entry["us"].values()) > 0
     assert json.loads(path.read_text()) == entries
@@ -101,11 +101,12 @@ def test_the_fastest_is_chosen_where_it_gains_enough(monkeypatch: pytest.MonkeyP
             return {name: Timing(self.us[name], 9, 9) for name in make(0)}
 
     (call,) = calls_of(CASE, "forward")
-    for us, algo in (
+    for some, algo in (
         ({"auto": 10.0, "gemm": 9.9, "direct": 9.8}, "auto"),
         ({"auto": 10.0, "gemm": 10.1, "direct": 5.0}, "direct"),
         ({"auto": 10.0, "gemm": 5.0, "direct": 6.0}, "gemm"),
     ):
+        us = some | {"winograd": 11.0}
         entry, timer = tuning._entry(call), Fake(samples=1, seconds=0.0)
         timer.us = us
         monkeypatch.setattr(tuning, "_HOPELESS", 1e9)

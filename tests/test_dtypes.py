@@ -56,16 +56,17 @@ def test_half_accumulates_in_float32(op: str, algo: str, isa: str, dtype: torch.
     """1023 ones on top of 4096: each would vanish in a sum of half precision."""
     channels = make_case("over_channels", (1, 1024, 1, 1), 1024, 1)
     pixels = make_case("over_pixels", (1, 8, 32, 32), 8, 63, 1, 31, groups=8)  # all reach all
+    neighbours = make_case("neighbours", (1, 1024, 1, 6), 1024, (1, 2))
     accepted = 0
-    for case in (channels, pixels):
+    for case in (channels, neighbours, pixels):
         t = case.operands(0, dtype, "channels_last" if case.groups > 1 else "contiguous")
         for tensor in t:
             tensor.fill_(1)
         t.bias.zero_()
-        if case is channels:
-            t.x[:, 0] = t.dy[:, 0] = 4096
-        else:
+        if case is pixels:
             t.x[..., 0, 0] = t.dy[..., 0, 0] = 4096
+        else:
+            t.x[:, 0] = t.dy[:, 0] = 4096
         if op == "grad_weight":  # sums over pixels alone, and only the tap in the middle over all
             t.dy.fill_(1)
         with use_isa(isa):
@@ -73,7 +74,9 @@ def test_half_accumulates_in_float32(op: str, algo: str, isa: str, dtype: torch.
         if got is not None and (case is pixels or op != "grad_weight"):
             accepted += 1
             got = got[..., 31:32, 31:32] if op == "grad_weight" else got
-            assert_equal(got, torch.full_like(got, 4096 + 1023), (op, algo, isa))
+            taps = 2 if case is neighbours else 1
+            got = got[..., 1:-1] if case is neighbours else got
+            assert_equal(got, torch.full_like(got, taps * (4096 + 1023)), (op, algo, isa))
     assert accepted > 0
 
 

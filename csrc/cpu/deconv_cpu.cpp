@@ -2,13 +2,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
+#include "../choices.h"
 #include "../deconv.h"
 #include "../log.h"
 #include "../reference/reference.h"
 #include "kernels.h"
 #include "profile.h"
+#include "winograd_plan.h"
 
 namespace deconv {
 namespace cpu {
@@ -56,6 +60,11 @@ const Kernels& kernels() {
 // for packing.
 constexpr int64_t kDirectProducts = 8;
 
+double multiply_adds(const Problem& p) {
+  return static_cast<double>(p.batch * p.c_in * p.h.in * p.w.in) *
+         static_cast<double>(p.c_out / p.groups) * static_cast<double>(p.h.kernel * p.w.kernel);
+}
+
 bool has_few_channels(const Problem& p) {
   return (p.c_in / p.groups) * (p.c_out / p.groups) <= kDirectProducts;
 }
@@ -92,6 +101,33 @@ const char* gemm_declines(Op op, const Params& p) {
   return has_many_phases(op, p.problem) ? "it needs stride_h * stride_w <= 4096" : nullptr;
 }
 
+// Fewer channels, and images of fewer multiply-adds, are not worth the additions, nor to think
+// about it.
+constexpr int64_t kWinogradChannels = 16;
+constexpr double kWinogradWork = 16e6;
+
+bool prefer_winograd(Op op, const Params& params) {
+  static const bool allowed = [] {
+    const char* value = std::getenv("DECONV_EXT_WINOGRAD");
+    return !value || std::string(value) != "0";
+  }();
+  const Problem& p = params.problem;
+  if (!allowed || multiply_adds(p) < kWinogradWork * static_cast<double>(p.batch) ||
+      std::min(p.c_in, p.c_out) < kWinogradChannels * p.groups)
+    return false;
+  // To plan both takes tens of microseconds: once for each kind of call.
+  static std::mutex mutex;
+  static std::map<Call, bool> answers;
+  constexpr size_t kMostAnswers = 4096;
+  Call call = describe(op, params, -1, 0, false);
+  call.push_back(reinterpret_cast<intptr_t>(&kernels()));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (answers.size() > kMostAnswers) answers.clear();
+  const auto found = answers.find(call);
+  if (found != answers.end()) return found->second;
+  return answers[call] = !winograd_declines(op, params) && kernels().prefers_winograd(op, params);
+}
+
 const char* never_declines(Op, const Params&) { return nullptr; }
 
 bool always(Op, const Params&) { return true; }
@@ -104,6 +140,8 @@ void run_depthwise(Op op, const Params& p, int threads) { kernels().depthwise(op
 
 void run_direct(Op op, const Params& p, int threads) { kernels().direct(op, p, threads); }
 
+void run_winograd(Op op, const Params& p, int threads) { kernels().winograd(op, p, threads); }
+
 void run_gemm(Op op, const Params& p, int threads) {
   op == Op::kGradWeight ? kernels().weight_gemm(p, threads) : kernels().gather_gemm(op, p, threads);
 }
@@ -112,6 +150,7 @@ void run_gemm(Op op, const Params& p, int threads) {
 const Algorithm kAlgorithms[] = {
     {"depthwise", depthwise_declines, always, run_depthwise},
     {"direct", direct_declines, prefer_direct, run_direct},
+    {"winograd", winograd_declines, prefer_winograd, run_winograd},
     {"gemm", gemm_declines, always, run_gemm},
     {"reference", never_declines, always, reference::run},
 };
@@ -120,12 +159,9 @@ const Algorithm kAlgorithms[] = {
 constexpr double kWorkForThreads = 50e3;
 
 int useful_threads(const Problem& p, int threads) {
-  const double multiply_adds = static_cast<double>(p.batch * p.c_in * p.h.in * p.w.in) *
-                               static_cast<double>(p.c_out / p.groups) *
-                               static_cast<double>(p.h.kernel * p.w.kernel);
   const double outputs =
       static_cast<double>(p.batch * p.c_out) * static_cast<double>(p.h.out * p.w.out);
-  return multiply_adds + outputs < kWorkForThreads ? 1 : threads;
+  return multiply_adds(p) + outputs < kWorkForThreads ? 1 : threads;
 }
 
 }  // namespace
@@ -134,9 +170,9 @@ void run(Op op, const Params& params, const std::string& name, int threads) {
   std::string names = "auto";
   threads = useful_threads(params.problem, threads);
   for (const Algorithm& algorithm : kAlgorithms) {
-    const char* declined = algorithm.declines(op, params);
-    if (name == "auto" ? !declined && algorithm.preferred(op, params) : name == algorithm.name) {
-      if (declined)
+    if (name == "auto" ? algorithm.preferred(op, params) && !algorithm.declines(op, params)
+                       : name == algorithm.name) {
+      if (const char* declined = algorithm.declines(op, params))
         throw std::invalid_argument("algo='" + name + "' cannot take this problem: " + declined);
       const CallProfile profile(op_name(op), algorithm.name, threads);
       return algorithm.run(op, params, threads);
@@ -153,9 +189,10 @@ void grad_bias(const GradBiasParams& params, int threads) {
   kernels().grad_bias(params, small ? 1 : threads);
 }
 
-std::vector<std::string> algorithms(Op) {
+std::vector<std::string> algorithms(Op op) {
   std::vector<std::string> names;
-  for (const Algorithm& algorithm : kAlgorithms) names.emplace_back(algorithm.name);
+  for (const Algorithm& algorithm : kAlgorithms)
+    if (op != Op::kGradWeight || algorithm.run != run_winograd) names.emplace_back(algorithm.name);
   return names;
 }
 

@@ -1,9 +1,9 @@
-#include "gather.h"
-
 #include <initializer_list>
 #include <limits>
 #include <numeric>
 #include <utility>
+
+#include "gather_planning.h"
 
 namespace deconv {
 namespace cpu {
@@ -12,21 +12,18 @@ namespace {
 // Each thread's working set: packed pixels and sums stay in its L2 cache (1 MB on today's server
 // cores) beside the weights that stream through.
 constexpr int64_t kPanelBytes = 256 << 10;
-constexpr int64_t kSumBytes = 256 << 10;
 // Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds
 // above.
 constexpr int64_t kBlockPixels = 96;
 constexpr int64_t kMaxBlockPixels = 384;
 // Channels packed at a time, if there are as many: long runs, even if fewer offsets fit then.
 constexpr int64_t kLeastChannels = 64;
-// Rows summed at a time, if there are as many: each packed pixel then serves 256 multiply-adds.
-constexpr int64_t kLeastRows = 256;
+// 256 rows summed at a time: each packed pixel then serves as many multiply-adds.
+constexpr BlockLimits kLimits{kPanelBytes, 256 << 10, kLeastChannels, 256};
 // Rows of a chunk, if there are as many, where they lie next to each other in the target: of
 // shorter runs each cache line would be written by several chunks. With many phases their sums go
 // beyond the bound above, up to as many times; they are written once and read once.
 constexpr int64_t kLeastRun = 32;
-
-int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 std::vector<int64_t> union_of_offsets(const AxisTaps& axis) {
   std::vector<int64_t> all;
@@ -70,7 +67,8 @@ void pair_channels(GatherPlan& plan, int64_t pair) {
   plan.channels /= pair;
 }
 
-// The gather itself: operands, tap tables, classes; nothing that depends on the machine.
+}  // namespace
+
 GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, bool merged_h,
                        bool merged_w) {
   const Problem& p = params.problem;
@@ -105,14 +103,15 @@ GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, b
   plan.source_as_is = plan.target_as_is = plan.weight_as_is =
       format.stored_bytes == format.element_bytes;
   if (format.channels > 1) pair_channels(plan, format.channels);
-  plan.offsets_h = union_of_offsets(plan.h);
-  plan.offsets_w = union_of_offsets(plan.w);
-  for (int64_t h : plan.offsets_h)
-    for (int64_t w : plan.offsets_w) plan.source_at.push_back(plan.source.at(0, 0, h, w));
+  list_offsets(plan);
   return plan;
 }
 
-// Pairs the classes of both axes and lays out the packed rows of a chunk.
+void list_offsets(GatherPlan& plan) {
+  plan.offsets_h = union_of_offsets(plan.h);
+  plan.offsets_w = union_of_offsets(plan.w);
+}
+
 void pair_classes(GatherPlan& plan) {
   for (size_t ih = 0; ih < plan.h.classes.size(); ++ih)
     for (size_t iw = 0; iw < plan.w.classes.size(); ++iw) {
@@ -143,6 +142,8 @@ void pair_classes(GatherPlan& plan) {
     }
 }
 
+namespace {
+
 // Taps that read inside the source, as a fraction of those the table lists.
 double valid_fraction(const AxisTaps& axis) {
   int64_t listed = 0, valid = 0;
@@ -156,18 +157,6 @@ double valid_fraction(const AxisTaps& axis) {
     }
   return listed ? static_cast<double>(valid) / static_cast<double>(listed) : 1.0;
 }
-
-struct Layout {
-  bool rows_across, rows_by_phase, flat;
-  int tile;
-  double cycles;  // for one image and group
-};
-
-// A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
-// piece; far elements lie in lines of their own, which serve other pixels too unless they are lone.
-// Each tap begins anew with each row of the source.
-constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
-                 kLoneElement = 8, kRounded = 6, kRow = 50;
 
 // Flat pixels: a vector that crosses cache lines is loaded twice, and channels lie strewn.
 constexpr double kUnaligned = 1.18;
@@ -284,14 +273,14 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
   return best;
 }
 
-// Sizes of blocks. What decides the order of summation (channel_block, offset_block) depends on one
-// image's geometry alone, so that a sample's result does not depend on its batch, on the number of
-// threads or on the tile.
-void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
-  const int64_t panel_elements = kPanelBytes / element_bytes,
-                sum_elements = kSumBytes / element_bytes;
+}  // namespace
+
+void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
+                   const BlockLimits& limits) {
+  const int64_t panel_elements = limits.panel_bytes / element_bytes,
+                sum_elements = limits.sum_bytes / element_bytes;
   const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
-  const int64_t most = std::max(kLeastChannels, panel_elements / (offsets * kBlockPixels));
+  const int64_t most = std::max(limits.least_channels, panel_elements / (offsets * kBlockPixels));
   plan.channel_block =
       round_up(ceil_div(plan.channels, ceil_div(plan.channels, most)), plan.channel_unit);
   plan.offset_block =
@@ -320,7 +309,7 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
     for (const PhaseClass& w : plan.w.classes) phases += h.phases * w.phases;
   // A block as large as panel and sums allow, but small enough that every thread has a few of them.
   const int64_t tasks = 4 * threads;
-  const int64_t least_rows = std::max(phases, std::min(phases * plan.rows, kLeastRows));
+  const int64_t least_rows = std::max(phases, std::min(phases * plan.rows, limits.least_rows));
   const int64_t share =
       std::max(kBlockPixels, ceil_div(plan.tiles * plan.pixel_width * plan.groups, tasks));
   // Taps that a tile skips take no place in the cache.
@@ -355,6 +344,8 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads) {
   // unless to other rows.
   plan.chunks_per_task = blocks < tasks || plan.batch_innermost ? 1 : plan.row_chunks;
 }
+
+namespace {
 
 // The images of a flat panel, and where its taps are.
 void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
@@ -407,33 +398,35 @@ bool writes_in_place(const GatherPlan& plan) {
 
 }  // namespace
 
-GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
-                       const PanelFormat& format, int threads) {
-  const int lanes = format.lanes, element_bytes = format.element_bytes;
+Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                      const PanelFormat& format) {
   // Merging the phases of an axis packs fewer copies of the pixels and fills tiles with few rows,
-  // at the price of zeros where phases have unequal taps. Decide by the model, without regard to
-  // the batch.
+  // at the price of zeros where phases have unequal taps.
   constexpr int64_t kMaxMergedPhases = 64;
   const auto may_merge = [&](const Axis& axis) {
     return op == Op::kForward && axis.stride > 1 &&
            axis.stride <= std::min(axis.out, kMaxMergedPhases);
   };
-  bool merged_h = false, merged_w = false;
-  double least = std::numeric_limits<double>::max();
+  Choice best{false, false, std::numeric_limits<double>::max()};
   for (int option = 0; option < 4; ++option) {
     const bool h = option & 1, w = option & 2;
     if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
     const double cycles = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
-                                      lanes, element_bytes, 0)
+                                      format.lanes, format.element_bytes, 0)
                               .cycles;
     // Weights of merged phases are packed one by one, which a few percent do not pay for.
-    if (cycles < (option == 0 ? 1.0 : 0.95) * least) {
-      least = cycles;
-      merged_h = h;
-      merged_w = w;
-    }
+    if (cycles < (option == 0 ? 1.0 : 0.95) * best.cycles) best = {h, w, cycles};
   }
-  GatherPlan plan = make_gather(op, params, format, merged_h, merged_w);
+  return best;
+}
+
+GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                       const PanelFormat& format, int threads) {
+  const int lanes = format.lanes, element_bytes = format.element_bytes;
+  const Choice choice = choose_merging(op, params, tiles, tile_count, format);
+  GatherPlan plan = make_gather(op, params, format, choice.merged_h, choice.merged_w);
+  for (int64_t h : plan.offsets_h)
+    for (int64_t w : plan.offsets_w) plan.source_at.push_back(plan.source.at(0, 0, h, w));
   const Layout layout =
       best_layout(plan, tiles, tile_count, lanes, element_bytes, params.problem.batch);
   plan.rows_across = layout.rows_across;
@@ -448,7 +441,7 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
   plan.batch_innermost =
       plan.batch >= lanes && plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : 0.8);
-  choose_blocks(plan, element_bytes, threads);
+  choose_blocks(plan, element_bytes, threads, kLimits);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);
   plan.source_in_place = !plan.flat && reads_in_place(plan, element_bytes);

@@ -160,7 +160,8 @@ inline void gather_amx(Op op, const Params& params, int threads) {
   with_pairs(plan.source.data, plan.source_as_is, plan.source.stride[1], [&](auto x) {
     with_pairs(plan.weight.data, plan.weight_as_is, plan.weight.channel, [&](auto w) {
       run_gather(
-          GatherGemm<BFloat16, float, decltype(x), decltype(w), AmxSession>{
+          GatherGemm<float, GatherPixels<float, decltype(x)>, GatherWeights<float, decltype(w)>,
+                     GatherStore<BFloat16>, AmxSession>{
               plan, kAmxTiles[plan.tile], kAllAtOnce, {plan, w, packed}, {plan, x}, {plan}},
           threads);
     });

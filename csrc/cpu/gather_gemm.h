@@ -28,16 +28,16 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-// S: elements in memory. T: of sums, and as wide, of panels. PixelSource, WeightSource: pointers to
-// what is packed. Session: what a thread must hold while it multiplies.
-template <class S, class T, class PixelSource, class WeightSource, class Session>
+// T: elements of sums, and as wide, of panels. Pixels, Weights, Store: GatherPixels, GatherWeights,
+// GatherStore or what does the same. Session: what a thread must hold while it multiplies.
+template <class T, class Pixels, class Weights, class Store, class Session>
 struct GatherGemm {
   const GatherPlan& plan;
   const Tile<T>& tile;
   int64_t partial_sum;  // steps summed apart
-  GatherWeights<T, WeightSource> weight_pack;
-  GatherPixels<T, PixelSource> pixel_pack;
-  GatherStore<S> store;
+  Weights weight_pack;
+  Pixels pixel_pack;
+  Store store;
 
   // Segments in groups that are summed apart. A group ends at fixed places of K = (tap, channel),
   // whatever is skipped: the result must not depend on the other pixels of the tile. Neighbouring
@@ -71,8 +71,7 @@ struct GatherGemm {
     const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
-    const bool accumulate = c0 + u0 > 0,
-               last_block = c0 + channels == plan.channels && u0 + offsets == plan.offsets();
+    const bool last_block = c0 + channels == plan.channels && u0 + offsets == plan.offsets();
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     const int64_t step_a = plan.rows_across ? 1 : plan.row_width;
     int64_t* in_place_offsets = row_offsets + tile.rows;
@@ -82,6 +81,10 @@ struct GatherGemm {
           plan.rows_across ? m * plan.w.source_step * plan.source.stride[3] : row_offsets[m];
     }
     for (const GatherClass& g : plan.classes) {
+      // Its taps begin in an earlier block of offsets, in this one or in a later one.
+      const int64_t first_tap = g.taps > 0 ? g.offset_at.front() : 0;
+      const bool accumulate = c0 > 0 || first_tap < u0;
+      if (first_tap >= u0 + offsets) continue;
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
       const int64_t row_tiles = (class_rows + plan.row_width - 1) / plan.row_width;
       // For which pixels and weights the segments were listed, while other tiles may share them.
@@ -184,6 +187,18 @@ struct GatherGemm {
     segments.group_begin[segments.groups] = segments.count;
   }
 
+  // Tasks: groups, blocks of pixels, chunks of rows.
+  int64_t blocks() const { return (plan.tiles + plan.block_tiles - 1) / plan.block_tiles; }
+  int64_t splits() const {
+    return (plan.row_chunks + plan.chunks_per_task - 1) / plan.chunks_per_task;
+  }
+  int64_t tasks() const { return plan.groups * blocks() * splits(); }
+  void run(int64_t task) const {
+    const int64_t first_chunk = task % splits() * plan.chunks_per_task, rest = task / splits();
+    block(rest / blocks(), rest % blocks() * plan.block_tiles, first_chunk,
+          min_of(plan.chunks_per_task, plan.row_chunks - first_chunk));
+  }
+
   // One block of pixels, `chunks` chunks of rows
 
   void block(int64_t group, int64_t first_tile, int64_t first_chunk, int64_t chunks) const {
@@ -244,41 +259,38 @@ struct GatherGemm {
           });
         }
       in_phase(Phase::kStore, [&] {
-        store.repair(group, chunk, stored, stored_count, sums);
-        store.activate(chunk, tiles, sums, bias, class_bias);
-        store.store(group, chunk, stored, stored_count, sums, bias);
+        store.finish(group, chunk, tiles, stored, stored_count, sums, bias, class_bias);
       });
     }
   }
 };
 
-// Runs the plan.
-template <class Gemm>
-void run_gather(const Gemm& gemm, int threads) {
-  const GatherPlan& plan = gemm.plan;
+// All blocks of weights. `pack` is as that of GatherWeights.
+template <class Weights>
+void pack_weights(const GatherPlan& plan, const Weights& weights, int threads) {
   const int64_t channel_blocks = (plan.channels + plan.channel_block - 1) / plan.channel_block;
   parallel_for(plan.groups * plan.row_chunks * channel_blocks, threads, [&](int64_t task) {
     const int64_t c0 = task % channel_blocks * plan.channel_block, rest = task / channel_blocks;
     in_phase(Phase::kWeights, [&] {
-      gemm.weight_pack.pack(rest / plan.row_chunks, rest % plan.row_chunks, c0,
-                            min_of(plan.channel_block, plan.channels - c0));
+      weights.pack(rest / plan.row_chunks, rest % plan.row_chunks, c0,
+                   min_of(plan.channel_block, plan.channels - c0));
     });
   });
+}
 
-  const int64_t blocks = (plan.tiles + plan.block_tiles - 1) / plan.block_tiles;
-  const int64_t splits = (plan.row_chunks + plan.chunks_per_task - 1) / plan.chunks_per_task;
-  parallel_for(plan.groups * blocks * splits, threads, [&](int64_t task) {
-    const int64_t first_chunk = task % splits * plan.chunks_per_task, rest = task / splits;
-    gemm.block(rest / blocks, rest % blocks * plan.block_tiles, first_chunk,
-               min_of(plan.chunks_per_task, plan.row_chunks - first_chunk));
-  });
+// Runs the plan.
+template <class Gemm>
+void run_gather(const Gemm& gemm, int threads) {
+  pack_weights(gemm.plan, gemm.weight_pack, threads);
+  parallel_for(gemm.tasks(), threads, [&](int64_t task) { gemm.run(task); });
 }
 
 // Multiplication in registers needs nothing.
 struct NoSession {};
 
-template <class S>
-void gather_gemm(Op op, const Params& params, int threads) {
+// Calls f(tiles, their number, format of the panels).
+template <class S, class F>
+auto with_float_tiles(const F& f) {
   using T = typename Arithmetic<S>::type;
   constexpr int kTiles = sizeof(Tiles<T>::list) / sizeof(Tile<T>);
   TileShape shapes[kTiles];
@@ -286,13 +298,22 @@ void gather_gemm(Op op, const Params& params, int threads) {
     const Tile<T>& tile = Tiles<T>::list[i];
     shapes[i] = {tile.rows, tile.vectors * kLanes<T>, cycles_per_step(tile.rows, tile.vectors)};
   }
+  return f(shapes, kTiles, PanelFormat{sizeof(S), sizeof(T), kLanes<T>, 1, 1});
+}
+
+template <class S>
+void gather_gemm(Op op, const Params& params, int threads) {
+  using T = typename Arithmetic<S>::type;
   const GatherPlan plan =
-      plan_gather(op, params, shapes, kTiles, {sizeof(S), sizeof(T), kLanes<T>, 1, 1}, threads);
+      with_float_tiles<S>([&](const TileShape* tiles, int count, PanelFormat format) {
+        return plan_gather(op, params, tiles, count, format, threads);
+      });
   T* packed = static_cast<T*>(call_scratch(plan.weight_elements() * sizeof(T)));
   const S *x = static_cast<const S*>(plan.source.data),
           *w = static_cast<const S*>(plan.weight.data);
   run_gather(
-      GatherGemm<S, T, const S*, const S*, NoSession>{
+      GatherGemm<T, GatherPixels<T, const S*>, GatherWeights<T, const S*>, GatherStore<S>,
+                 NoSession>{
           plan, Tiles<T>::list[plan.tile], kPartialSum, {plan, w, packed}, {plan, x}, {plan}},
       threads);
 }

@@ -17,8 +17,21 @@ struct GatherStore {
 
   const GatherPlan& plan;
 
-  // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN
-  // is computed again from the definition.
+  // From the sums of a chunk to the target.
+  void finish(int64_t group, int64_t chunk, int64_t tiles, const PixelRun* runs, int64_t run_count,
+              T* sums, T* bias, T* class_bias) const {
+    repair<false>(group, chunk, runs, run_count, sums);
+    activate(chunk, tiles, sums, bias, class_bias);
+    store(group, chunk, runs, run_count, sums, bias);
+  }
+
+  // Zeros that stand for padding turn into NaN against infinite operands. Whatever came out as NaN,
+  // or where that is no more to be trusted as infinite, is computed again from the definition.
+  template <bool Infinite>
+  static bool is_suspect(T sum) {
+    return Infinite ? sum - sum != 0 : sum != sum;
+  }
+  template <bool Infinite>
   DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
                            T* sums) const {
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
@@ -32,7 +45,7 @@ struct GatherStore {
           const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, run->at + i)
                                                    : plan.sum_at(g.first_row + i, run->at));
           int broken = 0;
-          for (int64_t j = 0; j < inner; ++j) broken |= line[j] != line[j];
+          for (int64_t j = 0; j < inner; ++j) broken |= is_suspect<Infinite>(line[j]);
           clean &= broken == 0;
         }
       }
@@ -47,7 +60,7 @@ struct GatherStore {
         [&](int64_t row, int64_t padded_row, const PixelRun& run, int64_t i, int64_t th,
             int64_t tw) {
           T& sum = sums[plan.sum_at(padded_row, run.at + i)];
-          if (sum == sum) return;
+          if (!is_suspect<Infinite>(sum)) return;
           const int64_t n = plan.batch_innermost ? run.n + i : run.n;
           sum = static_cast<T>(
               plan.op == Op::kForward
@@ -120,6 +133,9 @@ struct GatherStore {
     if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
       return store_interleaved(rows, runs, run_count, sums, bias, target);
+    if (plan.rows_across && plan.rows_by_phase && plan.target.stride[3] == 1 &&
+        plan.target.stride[1] != 1 && !plan.batch_innermost && plan.w.target_step <= kMostPhases)
+      return store_transposed(rows, runs, run_count, sums, bias, target);
     if (plan.rows_across && plan.rows_by_phase)
       return store_rows(rows, runs, run_count, sums, bias, target);
     store_strided(rows, runs, run_count, sums, bias, target);
@@ -222,6 +238,57 @@ struct GatherStore {
                          run->at, run->count, bias[row]);
             }
           }
+  }
+
+  static constexpr int64_t kMostPhases = 128;
+
+  // Rows are lanes, but the target's rows of pixels are contiguous: squares of rows times targets
+  // that follow each other, all phases of them, are transposed.
+  DECONV_PHASE void store_transposed(int64_t rows, const PixelRun* runs, int64_t run_count,
+                                     const T* sums, const T* bias, S* target) const {
+    constexpr int64_t kN = kLanes<T>;
+    const int64_t step = plan.w.target_step, first_phase = plan.w.classes[0].first_phase;
+    for (size_t class_h = 0; class_h < plan.h.classes.size(); ++class_h) {
+      const PhaseClass& h = plan.h.classes[class_h];
+      for (int64_t rh = 0; rh < h.phases; ++rh) {
+        const T* from[kMostPhases];
+        int64_t phases = 0;
+        for (size_t class_w = 0; class_w < plan.w.classes.size(); ++class_w) {
+          const PhaseClass& w = plan.w.classes[class_w];
+          const GatherClass& g = plan.classes[class_h * plan.w.classes.size() + class_w];
+          for (int64_t rw = 0; rw < w.phases; ++rw)
+            from[phases++] = sums + g.first_row + plan.row_of(h, w, rows, 0, rh, rw);
+        }
+        for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+          const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
+          if (th < 0 || th >= plan.h.target) continue;
+          const int64_t start = run->jw * step + first_phase;
+          // Phases that do not exist lie beyond the target.
+          const int64_t begin = max_of<int64_t>(0, -start),
+                        end = min_of(run->count * step, plan.w.target - start);
+          for (int64_t row = 0; row < rows; row += kN)
+            for (int64_t at = begin; at < end; at += kN) {
+              const int64_t count = min_of(kN, end - at);
+              const Vector<T> add = load_first<T>(bias + row, min_of(kN, rows - row));
+              Vector<T> square[kN];
+              for (int64_t i = 0, pixel = at / step, phase = at % step; i < kN; ++i) {
+                square[i] =
+                    i < count
+                        ? load_vector(from[phase] + row + plan.sum_at(0, run->at + pixel)) + add
+                        : Vector<T>{};
+                if (++phase == step) {
+                  phase = 0;
+                  ++pixel;
+                }
+              }
+              transpose_step<T, kN / 2>(square);
+              S* to = target + plan.target.at(run->n, row, th, start + at);
+              for (int64_t i = 0; i < min_of(kN, rows - row); ++i)
+                store_first_as(to + i * plan.target.stride[1], square[i], count);
+            }
+        }
+      }
+    }
   }
 
   // Rows are lanes and contiguous in the target (channels_last): one run of rows a pixel and phase.

@@ -8,6 +8,7 @@
 #include "grad_bias.h"
 #include "kernels.h"
 #include "weight_gemm.h"
+#include "winograd.h"
 
 namespace deconv {
 namespace cpu {
@@ -36,6 +37,15 @@ inline Kernels table(const char* isa, bool (*supported)()) {
       supported,
       [](Op op, const Params& params, int threads) {
         with_storage(params.dtype, [&](auto s) { gather_gemm<decltype(s)>(op, params, threads); });
+      },
+      [](Op op, const Params& params, int threads) {
+        with_storage(params.dtype, [&](auto s) { winograd<decltype(s)>(op, params, threads); });
+      },
+      [](Op op, const Params& params) {
+        bool prefers = false;
+        with_storage(params.dtype,
+                     [&](auto s) { prefers = prefers_winograd<decltype(s)>(op, params); });
+        return prefers;
       },
       [](const Params& params, int threads) {
         with_storage(params.dtype, [&](auto s) { weight_gemm<decltype(s)>(params, threads); });

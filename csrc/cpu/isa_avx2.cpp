@@ -13,6 +13,7 @@
 #include "profile.h"
 #include "row_plan.h"
 #include "scratch.h"
+#include "winograd_plan.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options

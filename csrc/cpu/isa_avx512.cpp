@@ -15,6 +15,7 @@
 #include "profile.h"
 #include "row_plan.h"
 #include "scratch.h"
+#include "winograd_plan.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 11 && defined(__linux__)
@@ -67,12 +68,17 @@ void gather_gemm_or_amx(Op op, const Params& params, int threads) {
   avx512::amx_takes(op, params) ? avx512::gather_amx(op, params, threads)
                                 : avx512_kernels()->gather_gemm(op, params, threads);
 }
+
+bool prefers_winograd_to_amx(Op op, const Params& params) {
+  return !avx512::amx_takes(op, params) && avx512_kernels()->prefers_winograd(op, params);
+}
 }  // namespace
 
 const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels all = avx512::table("amx", amx_supported);
     all.gather_gemm = gather_gemm_or_amx;
+    all.prefers_winograd = prefers_winograd_to_amx;
     return all;
   }();
   return &kernels;

@@ -10,6 +10,8 @@ struct Kernels {
   const char* isa;
   bool (*supported)();  // by this machine
   void (*gather_gemm)(Op, const Params&, int threads);
+  void (*winograd)(Op, const Params&, int threads);
+  bool (*prefers_winograd)(Op, const Params&);  // to gather_gemm
   void (*weight_gemm)(const Params&, int threads);
   void (*direct)(Op, const Params&, int threads);
   void (*depthwise)(Op, const Params&, int threads);

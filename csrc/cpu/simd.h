@@ -444,6 +444,29 @@ inline void transpose_square(P from, int64_t from_stride, T* to, int64_t to_stri
   for (int i = 0; i < kN; ++i) store_vector(to + i * to_stride, rows[i]);
 }
 
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns
+template <class T, class P>
+inline void transpose(P from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                      int64_t to_stride) {
+  constexpr int64_t kN = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += kN)
+    for (int64_t j = 0; j < columns; j += kN) {
+      const P corner = from + i * from_stride + j;
+      T* corner_to = to + j * to_stride + i;
+      if (rows - i >= kN && columns - j >= kN) {
+        transpose_square(corner, from_stride, corner_to, to_stride);
+        continue;
+      }
+      Vector<T> square[kN];
+      for (int64_t k = 0; k < kN; ++k)
+        square[k] =
+            k < rows - i ? load_every<T, 1>(corner + k * from_stride, columns - j) : Vector<T>{};
+      transpose_step<T, kN / 2>(square);
+      for (int64_t k = 0; k < min_of(kN, columns - j); ++k)
+        store_first(corner_to + k * to_stride, square[k], min_of(kN, rows - i));
+    }
+}
+
 // deinterleave_by for any stride; `to` has room for whole vectors.
 template <class T, class P>
 inline void deinterleave(T* to, int64_t pitch, P from, int64_t stride, int64_t count,

@@ -1,0 +1,56 @@
+// What the planners of the gather product (gather.cpp, winograd_plan.cpp) share.
+#pragma once
+
+#include "gather.h"
+
+namespace deconv {
+namespace cpu {
+
+struct Layout {
+  bool rows_across, rows_by_phase, flat;
+  int tile;
+  double cycles;  // for one image and group
+};
+
+// Sizes of a thread's working set.
+struct BlockLimits {
+  int64_t panel_bytes, sum_bytes;
+  int64_t least_channels;  // packed at a time, if there are as many
+  int64_t least_rows;      // summed at a time, if there are as many, all phases counted
+};
+
+// A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
+// piece; far elements lie in lines of their own, which serve other pixels too unless they are lone.
+// Each tap begins anew with each row of the source.
+constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
+                 kLoneElement = 8, kRounded = 6, kRow = 50;
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
+// The gather itself: operands and tap tables; nothing that depends on the machine.
+GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, bool merged_h,
+                       bool merged_w);
+
+// Every offset that some class uses, in both directions.
+void list_offsets(GatherPlan& plan);
+
+// The best tables and the best layout of "gemm" by the model, without regard to the batch.
+struct Choice {
+  bool merged_h, merged_w;
+  double cycles;
+};
+Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                      const PanelFormat& format);
+
+// Sizes of blocks. What decides the order of summation (channel_block, offset_block) depends on one
+// image's geometry alone, so that a sample's result does not depend on its batch, on the number of
+// threads or on the tile.
+void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads, const BlockLimits& limits);
+
+// Pairs the classes of both axes and lays out the packed rows of a chunk.
+void pair_classes(GatherPlan& plan);
+
+}  // namespace cpu
+}  // namespace deconv
