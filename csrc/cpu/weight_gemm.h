@@ -136,7 +136,7 @@ struct WeightGemm {
       }
     }
     blocks = line_parts * ((p.batch * p.h.in + lines - 1) / lines);
-    splits = min_of(blocks, (kTasks + parts() - 1) / parts());
+    splits = min_of(blocks, max_of<int64_t>(1, kTasks / parts()));
 
     patch_outputs = min_of(outputs, max_of<int64_t>(1, kPatches / patch_elements()));
     if (outputs_inner() && patch_outputs > kOutputsInner)
@@ -343,25 +343,66 @@ struct WeightGemm {
     }
   }
 
+  // A row of the sums in dw: kernel element and place, from the first element of a ci on.
+  struct Element {
+    int64_t co, kh, kw, at;
+  };
+  // The inverse of row_of.
+  Element element_of(const Part& part, int64_t first, int64_t count, int64_t row) const {
+    const int64_t taps = part.kernel_h * part.kernel_w;
+    const int64_t co = outputs_inner() ? row % count : row / taps,
+                  tap = outputs_inner() ? row / count : row % taps;
+    Element e{part.co + first + co, part.kh + tap / part.kernel_w, part.kw + tap % part.kernel_w,
+              0};
+    e.at = params.w.at(0, e.co, e.kh, e.kw);
+    return e;
+  }
+
+  // [row][lane] to dw, whose elements lie in another order: squares are transposed, after which
+  // rows that follow each other in dw too are a vector.
+  DECONV_PHASE void store(const Part& part, const T* sums) const {
+    constexpr int64_t kN = kLanes<T>;
+    for (int64_t first = 0; first < part.outputs; first += patch_outputs) {
+      const int64_t count = min_of(patch_outputs, part.outputs - first),
+                    rows = count * part.kernel_h * part.kernel_w;
+      const T* from = sums + first / patch_outputs * patch_rows * lane_tiles * width;
+      for (int64_t row = 0; row < rows; row += kN) {
+        const int64_t some = min_of(kN, rows - row);
+        Element elements[kN];
+        bool together = true;
+        for (int64_t i = 0; i < some; ++i) {
+          elements[i] = element_of(part, first, count, row + i);
+          together &= elements[i].at == elements[0].at + i;
+        }
+        for (int64_t lane = 0; lane < part.lanes; lane += kN) {
+          Vector<T> square[kN];
+          for (int64_t i = 0; i < kN; ++i)
+            square[i] =
+                i < some ? load_vector(from + (row + i) * lane_tiles * width + lane) : Vector<T>{};
+          transpose_step<T, kN / 2>(square);
+          for (int64_t i = 0; i < min_of(kN, part.lanes - lane); ++i)
+            store_elements(part.group * group_in + part.ci + lane + i, elements, some, together,
+                           square[i]);
+        }
+      }
+    }
+  }
+
   // A zero of a padded patch against an infinite x leaves a NaN: such elements are computed again
   // from the definition.
-  DECONV_PHASE void store(const Part& part, const T* sums) const {
-    S* dw = static_cast<S*>(params.w.data);
-    for (int64_t lane = 0; lane < part.lanes; ++lane) {
-      const int64_t ci = part.group * group_in + part.ci + lane;
-      for (int64_t co = 0; co < part.outputs; ++co)
-        for (int64_t kh = 0; kh < part.kernel_h; ++kh)
-          for (int64_t kw = 0; kw < part.kernel_w; ++kw) {
-            const int64_t first = co / patch_outputs * patch_outputs,
-                          count = min_of(patch_outputs, part.outputs - first);
-            const int64_t row =
-                co / patch_outputs * patch_rows + row_of(part, count, co - first, kh, kw);
-            const T sum = sums[row * lane_tiles * width + lane];
-            dw[params.w.at(ci, part.co + co, part.kh + kh, part.kw + kw)] =
-                sum == sum ? convert<S>(sum)
-                           : convert<S>(reference::grad_weight_element<double, S>(
-                                 params, ci, part.co + co, part.kh + kh, part.kw + kw));
-          }
+  void store_elements(int64_t ci, const Element* elements, int64_t count, bool together,
+                      Vector<T> sums) const {
+    S* dw = static_cast<S*>(params.w.data) + params.w.at(ci, 0, 0, 0);
+    if (together) store_first_as(dw + elements[0].at, sums, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const T sum = sums[i];
+      const Element& e = elements[i];
+      if (sum != sum) {
+        dw[e.at] =
+            convert<S>(reference::grad_weight_element<double, S>(params, ci, e.co, e.kh, e.kw));
+      } else if (!together) {
+        dw[e.at] = convert<S>(sum);
+      }
     }
   }
 };

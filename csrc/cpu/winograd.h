@@ -13,7 +13,6 @@
 // from the definition.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
 #include "gather_gemm.h"
@@ -435,7 +434,7 @@ void winograd(Op op, const Params& params, int threads) {
   using Gemm =
       GatherGemm<T, WinogradPixels<S, T>, GatherWeights<T, const S*>, WinogradStore<S>, NoSession>;
   std::vector<Gemm> gemms;
-  std::vector<int64_t> first_task{0};
+  int64_t tasks = 0;
   for (size_t i = 0; i < plans.size(); ++i) {
     const GatherPlan& g = plans[i].gather;
     gemms.push_back({g,
@@ -444,12 +443,12 @@ void winograd(Op op, const Params& params, int threads) {
                      {g, w, weights.packed_of(i)},
                      {plans[i], x},
                      WinogradStore<S>(plans[i])});
-    first_task.push_back(first_task.back() + gemms.back().tasks());
+    tasks += gemms.back().tasks();
   }
-  parallel_for(first_task.back(), threads, [&](int64_t task) {
-    const auto next = std::upper_bound(first_task.begin(), first_task.end(), task);
-    const auto index = next - first_task.begin() - 1;
-    gemms[index].run(task - first_task[index]);
+  parallel_for(tasks, threads, [&](int64_t task) {
+    const Gemm* gemm = gemms.data();
+    for (; task >= gemm->tasks(); ++gemm) task -= gemm->tasks();
+    gemm->run(task);
   });
 }
 
