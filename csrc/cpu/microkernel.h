@@ -102,7 +102,7 @@ constexpr Tile<T> make_tile() {
   return {RM, RN, multiply_tile<T, RM, RN>};
 }
 
-// 32 registers: 8x3 and 12x2 use 24 to 26 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step
+// 32 registers: 8x3 and 6x4 use 24 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step
 // are RM + RN at two a cycle, against RM * RN / 2 cycles of multiply-add; the narrow tiles serve
 // few rows or few lanes.
 template <class T>
