@@ -11,7 +11,8 @@ namespace {
 // Sums are several for each result, and each takes few taps: they get more room than those of
 // "gemm", and more channels at a time.
 constexpr BlockLimits kLimits{256 << 10, 512 << 10, 128, 2304};
-constexpr int64_t kMostPhases = 64;
+// All phases of a row of the result may be summed together: more would leave the cache.
+constexpr int64_t kMostPhases = 16;
 // What the weights cost is shared by the images of a batch. How many they are must not matter.
 constexpr double kImages = 4;
 // Packing a kernel element of a group; where packed ones are more than stay in the last cache,
@@ -118,7 +119,7 @@ const char* winograd_declines(Op op, const Params& params) {
   if (op == Op::kGradWeight) return "it computes forward and grad_input";
   const Problem& p = params.problem;
   if (p.h.kernel * p.w.kernel > kWinogradKernel) return "it needs kernels of up to 256 elements";
-  if (p.h.stride * p.w.stride > kMostPhases) return "it needs stride_h * stride_w <= 64";
+  if (p.h.stride * p.w.stride > kMostPhases) return "it needs stride_h * stride_w <= 16";
   const GatherPlan direct = make_gather(op, params, {4, 4, 1, 1, 1}, false, false);
   for (const TensorRef* t : {&direct.source, &direct.target})
     if (!channels_contiguous(*t) && !pixels_contiguous(*t))
