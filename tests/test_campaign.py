@@ -143,6 +143,8 @@ def test_each_part_of_a_kernel_is_probed(found: Found) -> None:
     choices = {(row["probe"], row["layout"], row["dtype"]) for row in rows}
     places = {(probe.case.name, probe.layout) for probe in probes.PROBES}
     assert choices == {(*place, dtype) for place in places for dtype in PRECISIONS}
+    gemm = {(row["probe"], row["layout"], row["dtype"]) for row in rows if row["algo"] == "gemm"}
+    assert gemm == choices  # it declines none
     for row in rows:
         assert row["algo"] in ("gemm", "winograd") and row["rate"] > 0 and row["ceiling"] > 0
         assert row["unit"] == ("TFLOP/s" if row["probe"] == "main loop" else "GB/s")

@@ -112,7 +112,8 @@ bool prefer_winograd(Op op, const Params& params) {
     return !value || std::string(value) != "0";
   }();
   const Problem& p = params.problem;
-  if (!allowed || multiply_adds(p) < kWinogradWork * static_cast<double>(p.batch) ||
+  if (!allowed || op == Op::kGradWeight ||
+      multiply_adds(p) < kWinogradWork * static_cast<double>(p.batch) ||
       std::min(p.c_in, p.c_out) < kWinogradChannels * p.groups)
     return false;
   // To plan both takes tens of microseconds: once for each kind of call.
@@ -170,12 +171,14 @@ void run(Op op, const Params& params, const std::string& name, int threads) {
   std::string names = "auto";
   threads = useful_threads(params.problem, threads);
   for (const Algorithm& algorithm : kAlgorithms) {
-    if (name == "auto" ? algorithm.preferred(op, params) && !algorithm.declines(op, params)
-                       : name == algorithm.name) {
-      if (const char* declined = algorithm.declines(op, params))
+    if (name == "auto" ? algorithm.preferred(op, params) : name == algorithm.name) {
+      const char* declined = algorithm.declines(op, params);
+      if (!declined) {
+        const CallProfile profile(op_name(op), algorithm.name, threads);
+        return algorithm.run(op, params, threads);
+      }
+      if (name != "auto")
         throw std::invalid_argument("algo='" + name + "' cannot take this problem: " + declined);
-      const CallProfile profile(op_name(op), algorithm.name, threads);
-      return algorithm.run(op, params, threads);
     }
     names += std::string(", ") + algorithm.name;
   }

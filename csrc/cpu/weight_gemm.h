@@ -287,14 +287,11 @@ struct WeightGemm {
     if (channel == 1) {
       for (int64_t i = 0; i < length; ++i)
         for (int64_t l = 0; l < lanes; ++l) to[i * width + l] = convert<T>(from[i * pixel + l]);
+    } else if (pixel == 1) {
+      transpose(from, channel, lanes, length, to, width);
     } else {
-      constexpr int kN = kLanes<T>;
-      const int64_t squares_l = pixel == 1 ? lanes / kN * kN : 0, squares_i = length / kN * kN;
-      for (int64_t l = 0; l < squares_l; l += kN)
-        for (int64_t i = 0; i < squares_i; i += kN)
-          transpose_square(from + l * channel + i, channel, to + i * width + l, width);
       for (int64_t l = 0; l < lanes; ++l)
-        for (int64_t i = l < squares_l ? squares_i : 0; i < length; ++i)
+        for (int64_t i = 0; i < length; ++i)
           to[i * width + l] = convert<T>(from[l * channel + i * pixel]);
     }
   }
