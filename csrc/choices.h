@@ -1,5 +1,5 @@
 // What deconv_ext.autotune has found to be fastest, and which calls it has to look into:
-// bindings.cpp asks here before it leaves the choice of an algorithm to the device. Nothing is
+// operators.cpp asks here before it leaves the choice of an algorithm to the device. Nothing is
 // asked, and no time spent, until there is a choice or calls are recorded.
 #pragma once
 
@@ -22,7 +22,10 @@ using Call = std::vector<int64_t>;
 
 inline Call describe(Op op, const Params& p, int64_t device, int64_t threads, bool allow_tf32) {
   const Problem& q = p.problem;
-  Call call{static_cast<int64_t>(op), static_cast<int64_t>(p.dtype), device, threads, allow_tf32};
+  Call call;
+  call.reserve(40);
+  call.assign(
+      {static_cast<int64_t>(op), static_cast<int64_t>(p.dtype), device, threads, allow_tf32});
   call.insert(call.end(), {q.batch, q.c_in, q.c_out, q.groups});
   for (const Axis* a : {&q.h, &q.w})
     call.insert(call.end(), {a->in, a->out, a->kernel, a->stride, a->dilation, a->pad});
@@ -71,6 +74,25 @@ class Choices {
   bool recording_ = false;
   std::map<Call, std::string> algorithms_;
   std::set<Call> calls_;
+};
+
+// Answers of a model that takes microseconds to ask: once for each kind of call.
+template <class Answer>
+class Remembered {
+ public:
+  template <class Find>
+  Answer operator()(const Call& call, const Find& find) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = answers_.find(call);
+    if (found != answers_.end()) return found->second;
+    if (answers_.size() >= kMost) answers_.clear();
+    return answers_[call] = find();
+  }
+
+ private:
+  static constexpr std::size_t kMost = 4096;
+  std::mutex mutex_;
+  std::map<Call, Answer> answers_;
 };
 
 }  // namespace deconv

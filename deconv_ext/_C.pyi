@@ -54,6 +54,16 @@ def grad_weight(
     algo: str = "auto",
 ) -> Tensor: ...
 def grad_bias(dy: Tensor) -> Tensor: ...
+def recorded_forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor | None: ...
 def output_size(
     input_size: Pair,
     kernel_size: Pair,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -312,19 +312,33 @@ def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
     ctx.save_for_forward(a, b)
 
 
-def _forward_gradients(
-    ctx: Any, dy: Tensor | None, x: Tensor, w: Tensor
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    input_size: Any,
+    kernel_size: Any,
+    geometry: Geometry,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """What comes back to x, w and the bias of `forward`."""
+    """What comes back to x, w and the bias of `forward`, each if it is wanted; csrc/autograd.cpp
+    calls this where its own way does not do. `x` may be missing unless dw is wanted, and `w`
+    unless dx is."""
+    return (
+        grad_input(dy, w.conj(), input_size, geometry) if w is not None and wanted[0] else None,
+        grad_weight(x.conj(), dy, kernel_size, geometry) if x is not None and wanted[1] else None,
+        grad_bias(dy) if wanted[2] else None,
+    )
+
+
+def _forward_gradients(
+    ctx: Any, dy: Tensor | None, x: Tensor | None, w: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """`gradients` as the backward of a Function, which has an argument more."""
     if dy is None:
         return None, None, None, None
-    needs = _wanted(ctx)
-    return (
-        grad_input(dy, w.conj(), ctx.input_size, ctx.geometry) if needs[0] else None,
-        grad_weight(x.conj(), dy, ctx.kernel_size, ctx.geometry) if needs[1] else None,
-        grad_bias(dy) if needs[2] else None,
-        None,
-    )
+    wanted = _wanted(ctx)
+    return *gradients(dy, x, w, ctx.input_size, ctx.kernel_size, ctx.geometry, wanted), None
 
 
 def _wanted(ctx: Any) -> list[bool]:

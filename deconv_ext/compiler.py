@@ -31,7 +31,14 @@ CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fopenmp,-fvisibility=hidden"]
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 # To compile on one processor, measured; for the progress line. torch's headers cost the most.
-SECONDS = {"bindings.cpp": 40, ".cpp": 15, ".cu": 50, "direct.cu": 150}
+SECONDS = {
+    "bindings.cpp": 40,
+    "autograd.cpp": 40,
+    "operators.cpp": 30,
+    ".cpp": 15,
+    ".cu": 50,
+    "direct.cu": 150,
+}
 # After a change of branch the library of the other one is often wanted again.
 LIBRARIES_KEPT = 4
 RECORD_MARK = b"\ndeconv_ext build record "

@@ -96,14 +96,17 @@ def conv_transpose2d(
     geometry = (stride, sides, output_padding, dilation, groups)
     if activation is not None:
         activations.check(activation, negative_slope)
+    elif not torch.compiler.is_dynamo_compiling() and not _obstacle(input.device, input.layout):
+        # The shortest way, which takes most calls; the rest of this function is for the others.
+        input, weight, bias = _autocast(input, weight, bias)
+        result: Tensor | None = extension().recorded_forward(input, weight, bias, *geometry)
+        if result is not None:
+            return result
 
     if not _ours(input, weight, bias):
         y = _torch_operator(input, weight, bias, *geometry)
         return y if activation is None else activations.FUNCTIONS[activation](y, negative_slope)
-    if torch.is_autocast_enabled(device := input.device.type):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    input, weight, bias = _autocast(input, weight, bias)
     apply: Callable[..., Tensor] = (
         _traced_forward if torch.compiler.is_dynamo_compiling() else autograd.forward
     )
@@ -167,9 +170,10 @@ def pair(name: str, value: Any) -> Pair:
 
 def is_two_sided(padding: Any) -> bool:
     """Whether the padding is written ((top, bottom), (left, right))."""
-    if not isinstance(padding, (tuple, list)) or not padding:
-        return False
-    return all(isinstance(side, (tuple, list)) for side in padding)
+    sequence = (tuple, list)
+    if not isinstance(padding, sequence) or not padding or not isinstance(padding[0], sequence):
+        return False  # most calls
+    return all(isinstance(side, sequence) for side in padding)
 
 
 def resolve_padding(
@@ -251,11 +255,19 @@ def _check_tensor(name: str, position: int, value: Any) -> None:
         )
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch.autocast treats an operand of a convolution."""
-    if tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
+def _autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a convolution as torch.autocast gives them to it."""
+    if not torch.is_autocast_enabled(device := input.device.type):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        floating = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if floating else tensor
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
 
 
 # --- what has no kernels here --------------------------------------------------------------------

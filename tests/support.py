@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import reference
 from deconv_ext.build import extension
@@ -29,6 +30,16 @@ def in_memory(tensor: Tensor) -> tuple[object, ...]:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def kernel_calls(function: Callable[[], object]) -> list[str]:
+    """The operations that the kernels were asked for while the function ran, in order."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        function()
+    events = sorted(profiled.events(), key=lambda event: event.time_range.start)
+    prefix = "deconv_ext::conv_transpose2d"
+    names = [event.name for event in events if event.name.startswith(prefix)]
+    return [name.removeprefix(prefix).removeprefix("_") or "forward" for name in names]
 
 
 def run(op: str, case: Case, t: Operands, algo: str = "auto") -> Tensor:

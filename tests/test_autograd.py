@@ -2,19 +2,23 @@
 
 import functools
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import deconv_ext
-from deconv_ext import autograd
+from deconv_ext import autograd, functional
 from deconv_ext.functional import conv_transpose2d
+from support import kernel_calls
 
 ARGUMENTS = {
     "stride": (2, 3),
@@ -43,23 +47,15 @@ def energy(function, *args: Tensor) -> Tensor:
     return (y * y.conj()).real.sin().sum()
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the operations that the binary module was asked for, in order."""
-    names: list[str] = []
-
-    def counted(name: str):
-        def call(*args):
-            names.append(name)
-            return getattr(module, name)(*args)
-
-        return call
-
-    module = deconv_ext.build.extension()
-    operations = ("forward", "grad_input", "grad_weight", "grad_bias")
-    double = SimpleNamespace(**{name: counted(name) for name in operations})
-    monkeypatch.setattr(autograd, "extension", lambda: double)
-    return names
+@pytest.fixture(params=["C++", "Python"], autouse=True)
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who records a plain call: the node of csrc/autograd.cpp, or the Functions of autograd.py,
+    which have all other calls and are stood up for by the same tests."""
+    if request.param == "Python":
+        binary = deconv_ext.build.extension()
+        double = SimpleNamespace(compiled=binary.compiled, recorded_forward=lambda *args: None)
+        monkeypatch.setattr(functional, "extension", lambda: double)
+    return request.param
 
 
 # --- what is computed, built and kept ------------------------------------------------------------
@@ -70,29 +66,30 @@ GRADIENT_OF = {"x": "grad_input", "w": "grad_weight", "b": "grad_bias"}
 
 @pytest.mark.parametrize("asked", SUBSETS, ids="".join)
 @pytest.mark.parametrize("how", ["requires_grad", "grad of leaves", "grad of results", "backward"])
-def test_backward_computes_what_was_asked_for(asked, how, calls):
+def test_backward_computes_what_was_asked_for(asked, how):
     tensors = dict(zip("xwb", operands(), strict=True))
     for name, tensor in tensors.items():
         tensor.requires_grad_(how != "requires_grad" or name in asked)
     if how == "grad of results":
         tensors = {name: tensor * 1 for name, tensor in tensors.items()}
-    y = ours(*tensors.values())
     wanted = [tensors[name] for name in asked]
-    if how == "backward":
-        y.sum().backward(inputs=wanted)
-    else:
-        torch.autograd.grad(y.sum(), wanted)
-    assert calls == ["forward", *(GRADIENT_OF[name] for name in asked)]
+
+    def step():
+        y = ours(*tensors.values())
+        if how == "backward":
+            y.sum().backward(inputs=wanted)
+        else:
+            torch.autograd.grad(y.sum(), wanted)
+
+    assert kernel_calls(step) == ["forward", *(GRADIENT_OF[name] for name in asked)]
 
 
-def test_double_backward_computes_what_was_asked_for(calls):
+def test_double_backward_computes_what_was_asked_for():
     x, w, _ = operands()
     x.requires_grad_()
     dy = torch.randn_like(ours(x, w), requires_grad=True)
     (dx,) = torch.autograd.grad(ours(x, w), x, dy, create_graph=True)
-    calls.clear()
-    dx.sum().backward()
-    assert calls == ["forward"]  # for dy; the weight is a constant
+    assert kernel_calls(lambda: dx.sum().backward()) == ["forward"]  # for dy; w is a constant
 
 
 @pytest.mark.parametrize("asked", SUBSETS, ids="".join)
@@ -100,13 +97,15 @@ def test_only_operands_of_wanted_derivatives_are_kept(asked):
     tensors = dict(zip("xwb", operands(), strict=True))
     for name in asked:
         tensors[name].requires_grad_()
-    kept_x, kept_w = ours(*tensors.values()).grad_fn.saved_tensors
-    assert (kept_x is not None) == ("w" in asked)
-    assert (kept_w is not None) == ("x" in asked)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda _: None):
+        ours(*tensors.values())
+    want = [tensors[kept] for kept, wanted in ("xw", "wx") if wanted in asked]
+    assert kept == [tensor.shape for tensor in want]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_no_function_is_built_where_nothing_is_recorded(mode, monkeypatch):
+def test_no_function_is_built_where_nothing_is_recorded(mode, node, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a Function was built")
 
@@ -115,8 +114,9 @@ def test_no_function_is_built_where_nothing_is_recorded(mode, monkeypatch):
     with mode():
         assert ours(x, w, b).grad_fn is None
         assert ours(x[0], w).grad_fn is None
-    with torch.enable_grad(), pytest.raises(AssertionError, match="a Function was built"):
-        ours(x, w.detach().requires_grad_(), b)
+    recording = pytest.raises(AssertionError, match="a Function was built")
+    with torch.enable_grad(), recording if node == "Python" else nullcontext():
+        assert ours(x, w.detach().requires_grad_(), b).grad_fn is not None
 
 
 # --- first and higher orders ---------------------------------------------------------------------
@@ -155,6 +155,56 @@ def test_backward_twice_and_unbatched():
 
 
 # --- with the rest of autograd -------------------------------------------------------------------
+
+
+def test_backward_under_a_mode_that_the_forward_did_not_see():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen, args = [], operands(requires_grad=True)
+    y, want = ours(*args), theirs(*args)
+    dy = torch.randn_like(y)
+    with Mode():
+        got = torch.autograd.grad(y, args, dy)
+    assert_close(got, torch.autograd.grad(want, args, dy))
+    operators = autograd.operators()
+    assert {operators[name] for name in GRADIENT_OF.values()} <= set(seen)
+
+
+def test_gradient_with_a_tangent_of_a_call_without_one():
+    args = operands(requires_grad=True)
+    results = [ours(*args), theirs(*args)]
+    with forward_ad.dual_level():
+        dy = forward_ad.make_dual(*(torch.randn_like(results[0]) for _ in range(2)))
+        got, want = (torch.autograd.grad(y, args, dy) for y in results)
+        for pair in zip(got, want, strict=True):
+            assert_close(*map(forward_ad.unpack_dual, pair))
+
+
+def test_gradient_that_is_a_wrapper():
+    """Its memory is not to be read: here there is none."""
+    args = operands(requires_grad=True)
+    y = ours(*args)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        dy = mode.from_tensor(torch.empty_like(y))
+    grads = torch.autograd.grad(y, args, dy)
+    assert [(type(g), g.shape) for g in grads] == [(FakeTensor, t.shape) for t in args]
+
+
+def test_error_in_the_backward_pass_reaches_the_caller():
+    """One from Python, through the engine and the node."""
+    args = operands(requires_grad=True)
+    y = ours(*args)
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        for _ in range(2):
+            torch.autograd.grad(y, args, torch.ones_like(y))
+    y = ours(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd, "grad_bias", lambda dy: {}["no bias"])
+        with pytest.raises(KeyError, match="no bias"):
+            torch.autograd.grad(y, args, torch.ones_like(y), create_graph=True)
 
 
 def test_change_in_place_of_a_kept_tensor_is_found():

@@ -155,7 +155,12 @@ def test_profiler_shows_names_and_shapes() -> None:
 def test_eager_calls_do_without_the_dispatcher() -> None:
     """A call costs what tests/test_overhead.py allows: it goes straight to the binary module."""
     layer, x = deconv_ext.ConvTranspose2d(4, 6, 3), torch.randn(2, 4, 5, 3)
-    assert type(layer(x).grad_fn).__name__ == "ConvTranspose2dForwardBackward"
+    for autocast in (False, True):
+        with torch.autocast("cpu", enabled=autocast):
+            name = layer(x).grad_fn.name()
+        assert "CppNode" in name and "ConvTranspose2d" in name
+    layer.activation = "relu"
+    assert layer(x).grad_fn.name() == "ConvTranspose2dForwardActivatedBackward"
 
 
 @each_dtype(torch.float32)

@@ -2,8 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <map>
-#include <mutex>
 #include <stdexcept>
 
 #include "../choices.h"
@@ -116,17 +114,12 @@ bool prefer_winograd(Op op, const Params& params) {
       multiply_adds(p) < kWinogradWork * static_cast<double>(p.batch) ||
       std::min(p.c_in, p.c_out) < kWinogradChannels * p.groups)
     return false;
-  // To plan both takes tens of microseconds: once for each kind of call.
-  static std::mutex mutex;
-  static std::map<Call, bool> answers;
-  constexpr size_t kMostAnswers = 4096;
+  static Remembered<bool> answers;
   Call call = describe(op, params, -1, 0, false);
   call.push_back(reinterpret_cast<intptr_t>(&kernels()));
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (answers.size() > kMostAnswers) answers.clear();
-  const auto found = answers.find(call);
-  if (found != answers.end()) return found->second;
-  return answers[call] = !winograd_declines(op, params) && kernels().prefers_winograd(op, params);
+  return answers(call, [&] {
+    return !winograd_declines(op, params) && kernels().prefers_winograd(op, params);
+  });
 }
 
 const char* never_declines(Op, const Params&) { return nullptr; }

@@ -3,6 +3,7 @@
 #include <numeric>
 #include <utility>
 
+#include "../choices.h"
 #include "gather_planning.h"
 
 namespace deconv {
@@ -407,17 +408,26 @@ Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int t
     return op == Op::kForward && axis.stride > 1 &&
            axis.stride <= std::min(axis.out, kMaxMergedPhases);
   };
-  Choice best{false, false, std::numeric_limits<double>::max()};
-  for (int option = 0; option < 4; ++option) {
-    const bool h = option & 1, w = option & 2;
-    if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
-    const double cycles = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
-                                      format.lanes, format.element_bytes, 0)
-                              .cycles;
-    // Weights of merged phases are packed one by one, which a few percent do not pay for.
-    if (cycles < (option == 0 ? 1.0 : 0.95) * best.cycles) best = {h, w, cycles};
-  }
-  return best;
+  const auto find = [&] {
+    Choice best{false, false, std::numeric_limits<double>::max()};
+    for (int option = 0; option < 4; ++option) {
+      const bool h = option & 1, w = option & 2;
+      if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
+      const double cycles = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
+                                        format.lanes, format.element_bytes, 0)
+                                .cycles;
+      // Weights of merged phases are packed one by one, which a few percent do not pay for.
+      if (cycles < (option == 0 ? 1.0 : 0.95) * best.cycles) best = {h, w, cycles};
+    }
+    return best;
+  };
+  static Remembered<Choice> answers;
+  Call call = describe(op, params, -1, 0, false);
+  call.insert(call.end(), {format.lanes, format.element_bytes, format.channels});
+  // Pairs of channels need not be aligned.
+  for (const TensorRef* t : {&params.x, &params.w, &params.y})
+    call.push_back(reinterpret_cast<intptr_t>(t->data) % (format.channels * format.stored_bytes));
+  return answers(call, find);
 }
 
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
