@@ -170,7 +170,7 @@ struct Flat {
   double copies;  // of an element, since blocks share rows
 };
 
-Flat flat_images(const GatherPlan& plan, int64_t element_bytes) {
+Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes) {
   const int64_t halo_h = GatherPlan::halo(plan.offsets_h, plan.h.source_step),
                 halo_w = GatherPlan::halo(plan.offsets_w, plan.w.source_step);
   const int64_t shift = halo_h * (plan.w.positions + halo_w) + halo_w;
@@ -181,14 +181,31 @@ Flat flat_images(const GatherPlan& plan, int64_t element_bytes) {
   const bool shared = static_cast<int64_t>(plan.offsets_h.size()) >= plan.h.source_step &&
                       static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
                       plan.offsets() > plan.residues();
-  if (!shared || plan.source.stride[3] != 1 || plan.h.positions == 0 || plan.w.positions == 0 ||
-      2 * shift > room)
+  // Pairs of channels have a kernel of their own, which is not told of flat rows.
+  const bool contiguous = rows_across ? plan.source.stride[1] == 1 && plan.channel_unit == 1
+                                      : plan.source.stride[3] == 1;
+  if (!shared || !contiguous || plan.h.positions == 0 || plan.w.positions == 0 || 2 * shift > room)
     return {};
   const auto padded = [](int64_t positions, int64_t halo) {
     return static_cast<double>(positions + halo) / static_cast<double>(positions);
   };
   return {true, shift, padded(plan.h.positions, halo_h) * padded(plan.w.positions, halo_w),
           static_cast<double>(room) / static_cast<double>(room - shift)};
+}
+
+// The part of the tiles that cannot be read where they are, where rows are lanes: those at the ends
+// of rows, and any of which a tap would read outside.
+double packed_fraction(const GatherPlan& plan, int64_t pixel_width) {
+  if (!plan.source_as_is || plan.offsets() == 0) return 1;
+  const auto inside = [](const AxisTaps& axis, const std::vector<int64_t>& offsets) {
+    const int64_t first = std::max<int64_t>(0, ceil_div(-offsets.front(), axis.source_step));
+    const int64_t last =
+        std::min(axis.positions - 1, floor_div(axis.source - 1 - offsets.back(), axis.source_step));
+    return std::max<int64_t>(0, last - first + 1);
+  };
+  const int64_t h = inside(plan.h, plan.offsets_h), w = inside(plan.w, plan.offsets_w);
+  return 1 - static_cast<double>(h * (w / pixel_width * pixel_width)) /
+                 static_cast<double>(std::max<int64_t>(1, plan.h.positions * plan.w.positions));
 }
 
 // `images` = 0 leaves out what a partly filled tile of pixels wastes.
@@ -201,7 +218,8 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
   const bool by_phase = plan.target.stride[1] == 1 && plan.rows > 1;
   // Rounding single elements to 16 bits takes instructions of its own.
   const double stored_element = kElement + (plan.stored_bytes < element_bytes ? kRounded : 0.0);
-  const Flat padded = flat_images(plan, element_bytes);
+  const Flat flat_lanes = flat_images(plan, false, element_bytes),
+             flat_rows = flat_images(plan, true, element_bytes);
   Layout best{false, by_phase, false, 0, std::numeric_limits<double>::max()};
   for (int across = 0; across < 2; ++across)
     for (int t = 0; t < tile_count; ++t) {
@@ -228,12 +246,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       double pack, store;
       bool flat = false;
       if (rows_across) {
-        // Tiles within a row of the source need no packing.
-        const double crossing =
-            plan.w.positions < pixel_width
-                ? 1
-                : 1 - static_cast<double>(plan.w.positions / pixel_width * pixel_width) /
-                          plan.w.positions;
+        const double crossing = packed_fraction(plan, pixel_width);
         const double element = plan.source.stride[1] <= 16                       ? kElement
                                : plan.w.source_step * plan.source.stride[3] < 16 ? kFarElement
                                                                                  : kLoneElement;
@@ -243,6 +256,25 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1
                                ? kRun / contiguous + kVectorStored / lanes
                                : stored_element);
+        if (flat_rows.possible) {
+          const double once = channels * flat_rows.waste * flat_rows.copies *
+                                  static_cast<double>(plan.residues()) * kVectorCopied / lanes +
+                              static_cast<double>(plan.h.source_step) * kRow /
+                                  static_cast<double>(plan.w.positions);
+          // Tiles that are packed by themselves have segments of their own.
+          const double listed =
+              crossing * offsets * kListed *
+              static_cast<double>(ceil_div(static_cast<int64_t>(outputs), row_width)) /
+              static_cast<double>(pixel_width);
+          flat = flat_rows.waste * (multiply + store) + once < multiply + store + pack + listed;
+          if (flat) {
+            multiply *= flat_rows.waste;
+            store *= flat_rows.waste;
+            pack = once;
+          } else {
+            pack += listed;
+          }
+        }
       } else {
         // Contiguous runs end with the row. A step makes residues of it first, which all taps
         // share.
@@ -255,15 +287,17 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         // With a step, rows that hold a tile are better off: most of their tiles are written where
         // the result lies, and a tap begins anew less often.
         const bool narrow = plan.w.positions < pixel_width;
-        if (padded.possible && (plan.residues() == 1 || narrow)) {
+        if (flat_lanes.possible && (plan.residues() == 1 || narrow)) {
           const double once =
-              channels * padded.waste * padded.copies * static_cast<double>(plan.h.source_step) *
+              channels * flat_lanes.waste * flat_lanes.copies *
+              static_cast<double>(plan.h.source_step) *
               (static_cast<double>(plan.w.source_step) * (1 + residues) * kVectorCopied / lanes +
                row);
-          flat = padded.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
+          flat =
+              flat_lanes.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
           if (flat) {
-            multiply *= padded.waste * kUnaligned;
-            store *= padded.waste;
+            multiply *= flat_lanes.waste * kUnaligned;
+            store *= flat_lanes.waste;
             pack = once;
           }
         }
@@ -291,7 +325,7 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
     plan.offset_block = plan.offset_block / offset_row * offset_row;
 
   // Which panel it is does not matter to the order of summation.
-  const Flat images = flat_images(plan, element_bytes);
+  const Flat images = flat_images(plan, plan.rows_across, element_bytes);
   plan.flat =
       plan.flat && !plan.batch_innermost && plan.offset_block == offsets &&
       plan.channel_block * plan.residues() * (images.shift + kBlockPixels) <= panel_elements;
@@ -355,16 +389,17 @@ void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
   // The last vector may reach beyond its image.
   plan.flat_residue =
       round_up(plan.block_tiles * plan.pixel_width + plan.flat_reach + kLine, kLine);
+  if (plan.rows_across) plan.flat_residue *= step_w;
   plan.flat_channel = plan.residues() * plan.flat_residue;
   // Channels 4096 bytes apart would compete for one set of the L1 cache.
   if (plan.flat_channel * element_bytes % kSet == 0) plan.flat_channel += kLine / element_bytes;
-  const int64_t first_h = floor_div(plan.offsets_h.front(), step_h),
-                first_w = floor_div(plan.offsets_w.front(), step_w);
   for (int64_t h : plan.offsets_h)
     for (int64_t w : plan.offsets_w) {
-      const int64_t jh = floor_div(h, step_h), jw = floor_div(w, step_w);
-      const int64_t residue = (h - jh * step_h) * step_w + w - jw * step_w;
-      plan.flat_at.push_back(residue * plan.flat_residue + (jh - first_h) * pitch + jw - first_w);
+      const int64_t from_h = h - plan.offsets_h.front(), from_w = w - plan.offsets_w.front();
+      const int64_t position = from_h / step_h * pitch + from_w / step_w, rh = from_h % step_h,
+                    rw = from_w % step_w;
+      plan.flat_at.push_back(plan.rows_across ? rh * plan.flat_residue + position * step_w + rw
+                                              : (rh * step_w + rw) * plan.flat_residue + position);
     }
 }
 
@@ -395,6 +430,16 @@ bool writes_in_place(const GatherPlan& plan) {
            plan.row_chunk % plan.row_width == 0;
   return plan.target.stride[3] == 1 && plan.h.target_step == 1 && plan.w.target_step == 1 &&
          !plan.params.bias;
+}
+
+// Which side streams by. Weights stay in L1 while pixels do, unless
+// - all weights stay there: then neighbouring lines of the target are written one after another;
+// - pixels are lanes and flat: their taps overlap, but lie strewn.
+bool pixels_stay(const GatherPlan& plan, int64_t element_bytes) {
+  constexpr int64_t kWeightBytes = 24 << 10;
+  return plan.rows_across
+             ? plan.channel_block * plan.weights_per_channel * element_bytes <= kWeightBytes
+             : plan.flat;
 }
 
 }  // namespace
@@ -456,6 +501,7 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   if (plan.flat) lay_out_flat(plan, element_bytes);
   plan.source_in_place = !plan.flat && reads_in_place(plan, element_bytes);
   plan.target_in_place = writes_in_place(plan);
+  plan.pixels_stay = pixels_stay(plan, element_bytes);
   return plan;
 }
 

@@ -84,15 +84,18 @@ struct GatherPlan {
   bool batch_innermost;   // a tile is one position of consecutive images, so that it skips its
                           // invalid taps; else pixels are numbered image by image
   double valid_fraction;  // of the taps, over all positions: the others read padding
-  // Pixels are packed once for all taps, as zero-padded images that lie row after row, one for each
-  // residue modulo the steps of the source ("flat"): a tap is then a constant distance. Positions
-  // are padded likewise, so that pixel p of an image is position p; targets of the padding lie
-  // outside.
+  // Pixels are packed once for all taps, as zero-padded images that lie row after row ("flat"): a
+  // tap is then a constant distance. Positions are padded likewise, so that pixel p of an image is
+  // position p; targets of the padding lie outside. There is an image for each residue modulo the
+  // steps of the source: of both axes where pixels are lanes, else of h alone, and a position is
+  // step w neighbouring pixels with all their channels.
   bool flat;
   int64_t flat_channel;          // elements from one channel to the next
-  int64_t flat_residue;          // and from one residue of a channel to the next
-  int64_t flat_reach;            // from a pixel to its last tap in the same residue
-  std::vector<int64_t> flat_at;  // [offsets] elements from a pixel to that tap
+  int64_t flat_residue;          // and from one image to the next, in pixels
+  int64_t flat_reach;            // positions from a pixel to its last tap
+  std::vector<int64_t> flat_at;  // [offsets] pixels from a pixel to that tap
+  // All rows of a tile of pixels before the next pixels; else all pixels before the next rows.
+  bool pixels_stay;
   // Tiles of pixels that have all taps (and targets) are read from the source where they are, and
   // written to the target by the product itself.
   bool source_in_place, target_in_place;
@@ -106,7 +109,16 @@ struct GatherPlan {
 
   // How many positions apart the taps of an axis are.
   static int64_t halo(const std::vector<int64_t>& offsets, int64_t step) {
-    return offsets.empty() ? 0 : floor_div(offsets.back(), step) - floor_div(offsets.front(), step);
+    return offsets.empty() ? 0 : (offsets.back() - offsets.front()) / step;
+  }
+  // Elements of a flat panel from one pixel to the next, and from one position to the next.
+  int64_t flat_pixel(int64_t block_channels) const { return rows_across ? block_channels : 1; }
+  int64_t flat_position(int64_t block_channels) const {
+    return rows_across ? block_channels * w.source_step : 1;
+  }
+  int64_t flat_elements() const {
+    return rows_across ? channel_block * h.source_step * flat_residue
+                       : channel_block * flat_channel;
   }
   int64_t residues() const { return h.source_step * w.source_step; }
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }

@@ -66,7 +66,8 @@ struct GatherGemm {
   DECONV_PHASE void multiply(int64_t group, int64_t chunk, int64_t tiles, const TilePlace* places,
                              int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
                              const T* panel, const bool* present, SegmentList& segments,
-                             int64_t* row_offsets, T* sums, const T* bias) const {
+                             int64_t* row_offsets, TileTarget<T>* targets, T* sums,
+                             const T* bias) const {
     const Session session{};
     const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
@@ -74,9 +75,13 @@ struct GatherGemm {
     const bool last_block = c0 + channels == plan.channels && u0 + offsets == plan.offsets();
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     const int64_t step_a = plan.rows_across ? 1 : plan.row_width;
+    const int64_t panel_pitch = plan.flat ? plan.pixel_width * plan.flat_position(channels)
+                                          : plan.tile_pitch(channels, offsets, sizeof(T));
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
-      row_offsets[m] = plan.rows_across ? m * offsets * channels : plan.weight_at(m, 0);
+      row_offsets[m] = !plan.rows_across ? plan.weight_at(m, 0)
+                       : plan.flat       ? m * plan.flat_position(channels)
+                                         : m * offsets * channels;
       in_place_offsets[m] =
           plan.rows_across ? m * plan.w.source_step * plan.source.stride[3] : row_offsets[m];
     }
@@ -90,41 +95,39 @@ struct GatherGemm {
       // For which pixels and weights the segments were listed, while other tiles may share them.
       const T *base = nullptr, *base_w = nullptr;
       bool base_in_place = false;
-      TileTarget<T> target{};  // of the row that was last written to the target itself
-      int64_t target_row = -1;
-      // Weights stay in L1 while packed pixels stream by. Taps of flat pixels overlap, but lie
-      // strewn: there the pixels stay.
-      const int64_t inner = plan.flat ? row_tiles : tiles;
-      for (int64_t outer = 0; outer < (plan.flat ? tiles : row_tiles); ++outer)
+      if (plan.target_in_place)
+        for (int64_t i = 0; i < row_tiles; ++i)
+          targets[i] =
+              in_target(g, group, chunk, rows, i * plan.row_width, last_block ? bias : nullptr);
+      const int64_t inner = plan.pixels_stay ? row_tiles : tiles,
+                    outer = plan.pixels_stay ? tiles : row_tiles;
+      for (int64_t o = 0; o < outer; ++o)
         for (int64_t i = 0; i < inner; ++i) {
-          const int64_t t = plan.flat ? outer : i, row = (plan.flat ? i : outer) * plan.row_width;
+          const int64_t t = plan.pixels_stay ? o : i, row_tile = plan.pixels_stay ? i : o,
+                        row = row_tile * plan.row_width;
           const T* w = packed + channels * (g.first_weight + row * g.taps);
-          const bool in_place = places[t].source >= 0;
-          const T* x = in_place    ? source + places[t].source
-                       : plan.flat ? panel + t * plan.pixel_width
-                                   : panel + t * plan.tile_pitch(channels, offsets, sizeof(T));
-          const bool all_present = in_place || complete(present + t * offsets, offsets);
-          if (base && all_present && base_in_place == in_place) {
+          const TilePlace& place = places[t];
+          const bool in_place = place.source >= 0;
+          const T* x = in_place ? source + place.source : panel + t * panel_pitch;
+          if (base && place.whole && base_in_place == in_place) {
+            const int64_t shift_x = x - base, shift_w = w - base_w;
             for (int64_t s = 0; s < segments.count; ++s) {
-              segments.list[s].a += plan.rows_across ? x - base : w - base_w;
-              segments.list[s].b += plan.rows_across ? w - base_w : x - base;
+              segments.list[s].a += plan.rows_across ? shift_x : shift_w;
+              segments.list[s].b += plan.rows_across ? shift_w : shift_x;
             }
             base = x;
           } else {
             list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets,
                           segments);
-            base = all_present ? x : nullptr;
+            base = place.whole ? x : nullptr;
             base_in_place = in_place;
           }
           base_w = w;
           TileTarget<T> to{sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
                            plan.sum_pitch(), tile.rows, false, nullptr};
-          if (places[t].target >= 0) {
-            if (target_row != row)
-              target = in_target(g, group, chunk, rows, row, last_block ? bias : nullptr);
-            target_row = row;
-            to = target;
-            to.c += places[t].target;
+          if (place.target >= 0) {
+            to = targets[row_tile];
+            to.c += place.target;
           }
           const T* last_bias = to.bias;
           for (int64_t part = 0; part < segments.groups; ++part) {
@@ -157,7 +160,8 @@ struct GatherGemm {
   void list_segments(const GatherClass& g, const T* w, const T* x, bool in_place, int64_t channels,
                      int64_t u0, int64_t offsets, const bool* present,
                      SegmentList& segments) const {
-    const int64_t pixel_step = plan.rows_across ? 1 : step_b(in_place);
+    const int64_t pixel_step = plan.rows_across ? 1 : step_b(in_place),
+                  flat_pixel = plan.flat_pixel(channels);
     segments.count = segments.groups = 0;
     for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += partial_sum) {
       segments.group_begin[segments.groups++] = segments.count;
@@ -169,9 +173,10 @@ struct GatherGemm {
         if (u < 0 || u >= offsets || !present[u]) continue;
         const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels),
                       c = begin - tap * channels;
-        const T* pixel = in_place    ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
-                         : plan.flat ? x + plan.flat_at[g.offset_at[tap]] + c * pixel_step
-                                     : x + u * plan.tap_pitch(channels, sizeof(T)) + c * pixel_step;
+        const T* pixel = in_place ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
+                         : plan.flat
+                             ? x + plan.flat_at[g.offset_at[tap]] * flat_pixel + c * pixel_step
+                             : x + u * plan.tap_pitch(channels, sizeof(T)) + c * pixel_step;
         const T* weight = w + begin * plan.row_width;
         if (pixel == next && begin == last) {
           segments.list[segments.count - 1].length += end - begin;
@@ -211,9 +216,10 @@ struct GatherGemm {
     PixelRun *runs, *packed, *stored;
     SegmentList segments;
     int64_t* row_offsets;
+    TileTarget<T>* targets;  // of the tiles of rows of a class
     const auto carve = [&](void* memory) {
       Carver carver(memory);
-      panel = carver.take<T>(plan.flat ? plan.channel_block * plan.flat_channel
+      panel = carver.take<T>(plan.flat ? plan.flat_elements()
                                        : plan.block_tiles * plan.tile_pitch(plan.channel_block,
                                                                             plan.offset_block,
                                                                             sizeof(T)) +
@@ -229,6 +235,7 @@ struct GatherGemm {
       segments.list = carver.take<Segment<T>>(offsets + groups);
       segments.group_begin = carver.take<int64_t>(groups);
       row_offsets = carver.take<int64_t>(2 * tile.rows);
+      targets = carver.take<TileTarget<T>>(plan.padded_rows / plan.row_width);
       return carver.used();
     };
     carve(thread_scratch(carve(nullptr)));
@@ -252,10 +259,11 @@ struct GatherGemm {
             in_phase(Phase::kPack, [&] {
               pixel_pack.pack(group, first_tile * plan.pixel_width, runs, run_count, packed,
                               packed_count, places, tiles, c0, channels, u0, u, panel, present);
+              for (int64_t t = 0; t < tiles; ++t) places[t].whole = complete(present + t * u, u);
             });
           in_phase(Phase::kProduct, [&] {
             multiply(group, chunk, tiles, places, c0, channels, u0, u, panel, present, segments,
-                     row_offsets, sums, plan.params.bias ? bias : nullptr);
+                     row_offsets, targets, sums, plan.params.bias ? bias : nullptr);
           });
         }
       in_phase(Phase::kStore, [&] {

@@ -19,6 +19,7 @@ struct PixelRun {
 struct TilePlace {
   int64_t source;  // element of its first pixel, if it is read where it is; else -1: packed
   int64_t target;  // the same of the target, if the product itself writes it; else -1: summed
+  bool whole;      // its pixels have a source at all offsets of the panel, be it padding
 };
 
 // T: elements of the panel. Source: pointer to what is packed.
@@ -154,38 +155,82 @@ struct GatherPixels {
       first = last;
     }
     if (planes) pack_planes(source, joined, joined_count, channels, u0, offsets, panel);
-    if (plan.flat && joined_count > 0) pack_flat(source, first_pixel, tiles, channels, panel);
+    if (!plan.flat || joined_count == 0) return;
+    if (plan.rows_across) {
+      pack_flat_as_rows(source, first_pixel, tiles, channels, panel);
+    } else {
+      pack_flat_as_lanes(source, first_pixel, tiles, channels, panel);
+    }
   }
 
-  // [channel][residue][pixel]: zero-padded images, row after row, from pixel `first` of all on.
-  DECONV_PHASE void pack_flat(Source source, int64_t first, int64_t tiles, int64_t channels,
-                              T* panel) const {
-    const int64_t pitch = plan.w.positions, rows = plan.h.positions, step_h = plan.h.source_step,
-                  step_w = plan.w.source_step;
-    const int64_t first_h = floor_div(plan.offsets_h.front(), step_h) * step_h,
-                  first_w = floor_div(plan.offsets_w.front(), step_w) * step_w;
-    const int64_t line = first / pitch;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t rh = 0; rh < step_h; ++rh) {
-        T* to = panel + c * plan.flat_channel + rh * step_w * plan.flat_residue;
-        int64_t n = line / rows, jh = line % rows, jw = first % pitch, count;
-        for (int64_t left = tiles * plan.pixel_width + plan.flat_reach; left > 0;
-             left -= count, to += count, jw = 0) {
-          const int64_t ih = jh * step_h + first_h + rh;
-          const bool inside = n < plan.batch && ih >= 0 && ih < plan.h.source;
-          count = min_of(pitch - jw, left);
-          if (inside) {
-            split_row(source + plan.source.at(n, c, ih, 0), jw * step_w + first_w, count, to,
-                      plan.flat_residue);
-          } else {
-            for (int64_t r = 0; r < step_w; ++r) clear(to + r * plan.flat_residue, count);
-          }
-          if (++jh == rows) {
-            jh = 0;
-            ++n;
-          }
-        }
+  // The rows of the images of residue rh that `tiles` tiles from position `first` of all on read:
+  // calls copy(row of channel 0, first column, positions, first position of the panel), or
+  // clear(positions, first position) for rows that do not exist.
+  template <class Copy, class Clear>
+  void for_each_flat_row(Source source, int64_t first, int64_t tiles, int64_t rh, const Copy& copy,
+                         const Clear& clear_row) const {
+    const int64_t pitch = plan.w.positions, rows = plan.h.positions;
+    int64_t n = first / pitch / rows, jh = first / pitch % rows, jw = first % pitch, count;
+    const int64_t all = tiles * plan.pixel_width + plan.flat_reach;
+    for (int64_t at = 0; at < all; at += count, jw = 0) {
+      const int64_t ih = jh * plan.h.source_step + plan.offsets_h.front() + rh;
+      count = min_of(pitch - jw, all - at);
+      if (n < plan.batch && ih >= 0 && ih < plan.h.source) {
+        copy(source + plan.source.at(n, 0, ih, 0), jw * plan.w.source_step + plan.offsets_w.front(),
+             count, at);
+      } else {
+        clear_row(count, at);
       }
+      if (++jh == rows) {
+        jh = 0;
+        ++n;
+      }
+    }
+  }
+
+  // [channel][residue of h][residue of w][position]
+  DECONV_PHASE void pack_flat_as_lanes(Source source, int64_t first, int64_t tiles,
+                                       int64_t channels, T* panel) const {
+    const int64_t step_w = plan.w.source_step;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t rh = 0; rh < plan.h.source_step; ++rh) {
+        T* to = panel + c * plan.flat_channel + rh * step_w * plan.flat_residue;
+        for_each_flat_row(
+            source, first, tiles, rh,
+            [&](Source row, int64_t column, int64_t count, int64_t at) {
+              split_row(row + c * plan.source.stride[1], column, count, to + at, plan.flat_residue);
+            },
+            [&](int64_t count, int64_t at) {
+              for (int64_t r = 0; r < step_w; ++r) clear(to + at + r * plan.flat_residue, count);
+            });
+      }
+  }
+
+  // [residue of h][position][residue of w][channel]: the pixels of a row as they are.
+  DECONV_PHASE void pack_flat_as_rows(Source source, int64_t first, int64_t tiles, int64_t channels,
+                                      T* panel) const {
+    const int64_t position = plan.flat_position(channels), stride = plan.source.stride[3];
+    for (int64_t rh = 0; rh < plan.h.source_step; ++rh) {
+      T* to = panel + rh * plan.flat_residue * channels;
+      for_each_flat_row(
+          source, first, tiles, rh,
+          [&](Source row, int64_t column, int64_t count, int64_t at) {
+            T* const line = to + at * position;
+            const int64_t pixels = count * plan.w.source_step;
+            const int64_t begin = min_of(pixels, max_of<int64_t>(0, -column)),
+                          end = max_of(begin, min_of(pixels, plan.w.source - column));
+            clear(line, begin * channels);
+            if (stride == channels) {
+              copy_strided(line + begin * channels, row + (column + begin) * stride, 1,
+                           (end - begin) * channels);
+            } else {
+              for (int64_t i = begin; i < end; ++i)
+                copy_strided(line + i * channels, row + (column + i) * stride, 1, channels);
+            }
+            clear(line + end * channels, (pixels - end) * channels);
+          },
+          [&](int64_t count, int64_t at) { clear(to + at * position, count * position); });
+    }
   }
 
   // A few rows of a channel are read, then those of the next one, far away in memory: no stream

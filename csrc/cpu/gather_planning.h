@@ -21,9 +21,10 @@ struct BlockLimits {
 
 // A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
 // piece; far elements lie in lines of their own, which serve other pixels too unless they are lone.
-// Each tap begins anew with each row of the source.
+// Each tap begins anew with each row of the source. A tile that differs from its neighbours lists
+// its taps, and so does the next one.
 constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
-                 kLoneElement = 8, kRounded = 6, kRow = 50;
+                 kLoneElement = 8, kRounded = 6, kRow = 50, kListed = 16;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return ceil_div(value, multiple) * multiple;
