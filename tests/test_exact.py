@@ -76,10 +76,22 @@ WIDE = [
 ]
 
 
+# Several blocks and images, whose taps share few channels.
+FEW = [
+    make_case("few of dy", (3, 20, 40, 37), 3, 4, 2, 1),
+    make_case("steps", (2, 17, 23, 50), 2, (5, 7), (2, 3), (2, 3)),
+    make_case("groups", (2, 32, 30, 33), 4, 5, 2, 2, groups=2),
+    make_case("one", (1, 70, 50, 64), 1, 9, 3, 4, 2),
+    make_case("few of x", (2, 3, 60, 41), 24, 4, 2, 1),
+    make_case("dilated", (2, 3, 30, 41), 24, 3, 1, 2, dilation=2),
+]
+
+
 @implementations()
-@pytest.mark.parametrize("case", WIDE, ids=str)
-def test_rows_longer_than_any_piece(op: str, algo: str, isa: str, case: Case) -> None:
-    """Rows are handled in pieces of a few thousand pixels, with taps that reach over their ends."""
+@pytest.mark.parametrize("case", [*WIDE, *FEW], ids=str)
+def test_long_rows_and_many_rows(op: str, algo: str, isa: str, case: Case) -> None:
+    """Rows are handled in pieces of a few thousand pixels, with taps that reach over their ends;
+    images in blocks that end anywhere."""
     operands, results = exact(case, False)
     with use_isa(isa):
         for layout in ("contiguous", "channels_last"):
