@@ -161,6 +161,9 @@ double valid_fraction(const AxisTaps& axis) {
 
 // Flat pixels: a vector that crosses cache lines is loaded twice, and channels lie strewn.
 constexpr double kUnaligned = 1.18;
+// Where a group's channels are a part of each pixel, lines that are read in place lie strewn too,
+// and share few sets of the L1 cache.
+constexpr double kSlices = 1.12;
 
 // What flat packing would be like.
 struct Flat {
@@ -266,7 +269,9 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
               crossing * offsets * kListed *
               static_cast<double>(ceil_div(static_cast<int64_t>(outputs), row_width)) /
               static_cast<double>(pixel_width);
-          flat = flat_rows.waste * (multiply + store) + once < multiply + store + pack + listed;
+          const bool slices = plan.source_as_is && plan.groups > 1;
+          flat = flat_rows.waste * (multiply + store) + once <
+                 (slices ? kSlices : 1.0) * multiply + store + pack + listed;
           if (flat) {
             multiply *= flat_rows.waste;
             store *= flat_rows.waste;
