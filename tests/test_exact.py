@@ -84,6 +84,8 @@ FEW = [
     make_case("one", (1, 70, 50, 64), 1, 9, 3, 4, 2),
     make_case("few of x", (2, 3, 60, 41), 24, 4, 2, 1),
     make_case("dilated", (2, 3, 30, 41), 24, 3, 1, 2, dilation=2),
+    make_case("few of y", (3, 70, 20, 30), 2, 3, 1, 1),
+    make_case("wide", (2, 40, 9, 600), 1, 5, 1, 2),
 ]
 
 

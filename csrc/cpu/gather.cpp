@@ -19,6 +19,8 @@ constexpr int64_t kBlockPixels = 96;
 constexpr int64_t kMaxBlockPixels = 384;
 // Channels packed at a time, if there are as many: long runs, even if fewer offsets fit then.
 constexpr int64_t kLeastChannels = 64;
+// But so few if the images are wide and flat.
+constexpr int64_t kFewestChannels = 8;
 // 256 rows summed at a time: each packed pixel then serves as many multiply-adds.
 constexpr BlockLimits kLimits{kPanelBytes, 256 << 10, kLeastChannels, 256};
 // Rows of a chunk, if there are as many, where they lie next to each other in the target: of
@@ -168,31 +170,38 @@ constexpr double kSlices = 1.12;
 // What flat packing would be like.
 struct Flat {
   bool possible;
-  int64_t shift;  // the largest distance of a tap
-  double waste;   // positions computed for each that exists
-  double copies;  // of an element, since blocks share rows
+  int64_t channels;  // packed at a time
+  int64_t shift;     // the largest distance of a tap
+  double waste;      // positions computed for each that exists
+  double copies;     // of an element, since blocks share rows
 };
 
 Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes) {
   const int64_t halo_h = GatherPlan::halo(plan.offsets_h, plan.h.source_step),
                 halo_w = GatherPlan::halo(plan.offsets_w, plan.w.source_step);
   const int64_t shift = halo_h * (plan.w.positions + halo_w) + halo_w;
-  // Pixels that fit the panel, halo included.
-  const int64_t room = kPanelBytes / element_bytes / plan.residues() /
-                       std::clamp<int64_t>(plan.channels, 1, kLeastChannels);
   // Each residue must be some tap's, and some of them two taps'.
   const bool shared = static_cast<int64_t>(plan.offsets_h.size()) >= plan.h.source_step &&
                       static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
                       plan.offsets() > plan.residues();
-  // Pairs of channels have a kernel of their own, which is not told of flat rows.
-  const bool contiguous = rows_across ? plan.source.stride[1] == 1 && plan.channel_unit == 1
-                                      : plan.source.stride[3] == 1;
-  if (!shared || !contiguous || plan.h.positions == 0 || plan.w.positions == 0 || 2 * shift > room)
-    return {};
+  // Pixels in the lanes come from rows, or without a step from squares that are transposed. Pairs
+  // of channels have a kernel of their own, which is not told of flat rows.
+  const bool packable = rows_across ? plan.source.stride[1] == 1 && plan.channel_unit == 1
+                                    : plan.source.stride[3] == 1 ||
+                                          (plan.source.stride[1] == 1 && plan.residues() == 1);
+  if (!shared || !packable || plan.h.positions == 0 || plan.w.positions == 0) return {};
+  // Pixels that fit the panel, halo included: in wide images, of fewer channels at a time.
+  int64_t channels = std::clamp<int64_t>(plan.channels, 1, kLeastChannels), room;
+  for (;; channels = ceil_div(channels, 2)) {
+    room = kPanelBytes / element_bytes / plan.residues() / channels;
+    if (2 * shift <= room) break;
+    if (channels <= kFewestChannels) return {};
+  }
   const auto padded = [](int64_t positions, int64_t halo) {
     return static_cast<double>(positions + halo) / static_cast<double>(positions);
   };
-  return {true, shift, padded(plan.h.positions, halo_h) * padded(plan.w.positions, halo_w),
+  return {true, channels, shift,
+          padded(plan.h.positions, halo_h) * padded(plan.w.positions, halo_w),
           static_cast<double>(room) / static_cast<double>(room - shift)};
 }
 
@@ -286,6 +295,8 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         const double row = kRow / static_cast<double>(plan.w.positions);
         const double residues = plan.w.source_step == 1 ? 0.0 : 3.0;
         const double far = plan.source.stride[3] < 16 ? kElement : kFarElement;
+        const double copied =
+            plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes : kTransposed;
         pack = offsets * channels *
                (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + row : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
@@ -293,11 +304,9 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         // the result lies, and a tap begins anew less often.
         const bool narrow = plan.w.positions < pixel_width;
         if (flat_lanes.possible && (plan.residues() == 1 || narrow)) {
-          const double once =
-              channels * flat_lanes.waste * flat_lanes.copies *
-              static_cast<double>(plan.h.source_step) *
-              (static_cast<double>(plan.w.source_step) * (1 + residues) * kVectorCopied / lanes +
-               row);
+          const double once = channels * flat_lanes.waste * flat_lanes.copies *
+                              static_cast<double>(plan.h.source_step) *
+                              (static_cast<double>(plan.w.source_step) * copied + row);
           flat =
               flat_lanes.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
           if (flat) {
@@ -320,7 +329,9 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
   const int64_t panel_elements = limits.panel_bytes / element_bytes,
                 sum_elements = limits.sum_bytes / element_bytes;
   const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
-  const int64_t most = std::max(limits.least_channels, panel_elements / (offsets * kBlockPixels));
+  const int64_t most =
+      std::min(plan.most_channels,
+               std::max(limits.least_channels, panel_elements / (offsets * kBlockPixels)));
   plan.channel_block =
       round_up(ceil_div(plan.channels, ceil_div(plan.channels, most)), plan.channel_unit);
   plan.offset_block =
@@ -501,6 +512,9 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
   plan.batch_innermost =
       plan.batch >= lanes && plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : 0.8);
+  // It decides the order of summation, so it must not depend on the batch.
+  const Layout usual = best_layout(plan, tiles, tile_count, lanes, element_bytes, 0);
+  if (usual.flat) plan.most_channels = flat_images(plan, usual.rows_across, element_bytes).channels;
   choose_blocks(plan, element_bytes, threads, kLimits);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);

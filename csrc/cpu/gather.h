@@ -14,6 +14,7 @@
 // only by its shape.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "../params.h"
@@ -90,6 +91,7 @@ struct GatherPlan {
   // steps of the source: of both axes where pixels are lanes, else of h alone, and a position is
   // step w neighbouring pixels with all their channels.
   bool flat;
+  int64_t most_channels = std::numeric_limits<int64_t>::max();  // of a block
   int64_t flat_channel;          // elements from one channel to the next
   int64_t flat_residue;          // and from one image to the next, in pixels
   int64_t flat_reach;            // positions from a pixel to its last tap

@@ -191,6 +191,7 @@ struct GatherPixels {
   // [channel][residue of h][residue of w][position]
   DECONV_PHASE void pack_flat_as_lanes(Source source, int64_t first, int64_t tiles,
                                        int64_t channels, T* panel) const {
+    if (plan.source.stride[3] != 1) return transpose_flat(source, first, tiles, channels, panel);
     const int64_t step_w = plan.w.source_step;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t rh = 0; rh < plan.h.source_step; ++rh) {
@@ -204,6 +205,26 @@ struct GatherPixels {
               for (int64_t r = 0; r < step_w; ++r) clear(to + at + r * plan.flat_residue, count);
             });
       }
+  }
+
+  // The same without steps, where channels are contiguous.
+  void transpose_flat(Source source, int64_t first, int64_t tiles, int64_t channels,
+                      T* panel) const {
+    const auto clear_pixels = [&](int64_t count, int64_t at) {
+      for (int64_t c = 0; c < channels; ++c) clear(panel + c * plan.flat_channel + at, count);
+    };
+    const int64_t stride = plan.source.stride[3];
+    for_each_flat_row(
+        source, first, tiles, 0,
+        [&](Source row, int64_t column, int64_t count, int64_t at) {
+          const int64_t begin = min_of(count, max_of<int64_t>(0, -column)),
+                        end = max_of(begin, min_of(count, plan.w.source - column));
+          clear_pixels(begin, at);
+          transpose(row + (column + begin) * stride, stride, end - begin, channels,
+                    panel + at + begin, plan.flat_channel);
+          clear_pixels(count - end, at + end);
+        },
+        clear_pixels);
   }
 
   // [residue of h][position][residue of w][channel]: the pixels of a row as they are.

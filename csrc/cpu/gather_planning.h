@@ -24,7 +24,7 @@ struct BlockLimits {
 // Each tap begins anew with each row of the source. A tile that differs from its neighbours lists
 // its taps, and so does the next one.
 constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
-                 kLoneElement = 8, kRounded = 6, kRow = 50, kListed = 16;
+                 kLoneElement = 8, kRounded = 6, kRow = 50, kListed = 16, kTransposed = 1.5;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return ceil_div(value, multiple) * multiple;
