@@ -184,11 +184,11 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
   const bool shared = static_cast<int64_t>(plan.offsets_h.size()) >= plan.h.source_step &&
                       static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
                       plan.offsets() > plan.residues();
-  // Pixels in the lanes come from rows, or without a step from squares that are transposed. Pairs
-  // of channels have a kernel of their own, which is not told of flat rows.
-  const bool packable = rows_across ? plan.source.stride[1] == 1 && plan.channel_unit == 1
-                                    : plan.source.stride[3] == 1 ||
-                                          (plan.source.stride[1] == 1 && plan.residues() == 1);
+  // What lies otherwise in memory is transposed, for lanes without a step alone. Pairs of channels
+  // have a kernel of their own, which is not told of flat rows.
+  const bool in_rows = plan.source.stride[3] == 1, together = plan.source.stride[1] == 1;
+  const bool packable = rows_across ? plan.channel_unit == 1 && (in_rows || together)
+                                    : in_rows || (together && plan.residues() == 1);
   if (!shared || !packable || plan.h.positions == 0 || plan.w.positions == 0) return {};
   // Pixels that fit the panel, halo included: in wide images, of fewer channels at a time.
   int64_t channels = std::clamp<int64_t>(plan.channels, 1, kLeastChannels), room;
@@ -227,7 +227,9 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
   const double channels = static_cast<double>(plan.channels),
                offsets = static_cast<double>(plan.offsets());
-  const bool by_phase = plan.target.stride[1] == 1 && plan.rows > 1;
+  const bool one_phase = plan.h.classes.size() == 1 && plan.h.classes[0].phases == 1 &&
+                         plan.w.classes.size() == 1 && plan.w.classes[0].phases == 1;
+  const bool by_phase = plan.rows > 1 && (plan.target.stride[1] == 1 || one_phase);
   // Rounding single elements to 16 bits takes instructions of its own.
   const double stored_element = kElement + (plan.stored_bytes < element_bytes ? kRounded : 0.0);
   const Flat flat_lanes = flat_images(plan, false, element_bytes),
@@ -267,12 +269,14 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                               : channels * element);
         store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1
                                ? kRun / contiguous + kVectorStored / lanes
-                               : stored_element);
+                           : by_phase && plan.target.stride[3] == 1 ? kTransposed
+                                                                    : stored_element);
         if (flat_rows.possible) {
-          const double once = channels * flat_rows.waste * flat_rows.copies *
-                                  static_cast<double>(plan.residues()) * kVectorCopied / lanes +
-                              static_cast<double>(plan.h.source_step) * kRow /
-                                  static_cast<double>(plan.w.positions);
+          const double once =
+              channels * flat_rows.waste * flat_rows.copies * static_cast<double>(plan.residues()) *
+                  (plan.source.stride[1] == 1 ? kVectorCopied / lanes : kTransposed) +
+              static_cast<double>(plan.h.source_step) * kRow /
+                  static_cast<double>(plan.w.positions);
           // Tiles that are packed by themselves have segments of their own.
           const double listed =
               crossing * offsets * kListed *
@@ -334,8 +338,12 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
                std::max(limits.least_channels, panel_elements / (offsets * kBlockPixels)));
   plan.channel_block =
       round_up(ceil_div(plan.channels, ceil_div(plan.channels, most)), plan.channel_unit);
+  // Flat pixels serve all offsets.
+  const bool all = plan.most_channels != std::numeric_limits<int64_t>::max();
   plan.offset_block =
-      std::min(offsets, std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
+      all ? offsets
+          : std::min(offsets,
+                     std::max<int64_t>(1, panel_elements / (plan.channel_block * kBlockPixels)));
   const int64_t offset_row = std::max<int64_t>(1, static_cast<int64_t>(plan.offsets_w.size()));
   if (plan.offset_block > offset_row)
     plan.offset_block = plan.offset_block / offset_row * offset_row;
@@ -442,8 +450,8 @@ bool writes_in_place(const GatherPlan& plan) {
   if (!plan.target_as_is || plan.batch_innermost) return false;
   if (plan.params.activation != Activation::kNone) return false;
   if (plan.rows_across)
-    return plan.rows_by_phase && !plan.padded_weights && plan.rows % plan.row_width == 0 &&
-           plan.row_chunk % plan.row_width == 0;
+    return plan.target.stride[1] == 1 && plan.rows_by_phase && !plan.padded_weights &&
+           plan.rows % plan.row_width == 0 && plan.row_chunk % plan.row_width == 0;
   return plan.target.stride[3] == 1 && plan.h.target_step == 1 && plan.w.target_step == 1 &&
          !plan.params.bias;
 }

@@ -227,7 +227,8 @@ struct GatherPixels {
         clear_pixels);
   }
 
-  // [residue of h][position][residue of w][channel]: the pixels of a row as they are.
+  // [residue of h][position][residue of w][channel]: the pixels of a row as they are, or transposed
+  // rows of all channels.
   DECONV_PHASE void pack_flat_as_rows(Source source, int64_t first, int64_t tiles, int64_t channels,
                                       T* panel) const {
     const int64_t position = plan.flat_position(channels), stride = plan.source.stride[3];
@@ -241,7 +242,10 @@ struct GatherPixels {
             const int64_t begin = min_of(pixels, max_of<int64_t>(0, -column)),
                           end = max_of(begin, min_of(pixels, plan.w.source - column));
             clear(line, begin * channels);
-            if (stride == channels) {
+            if (plan.source.stride[1] != 1) {
+              transpose(row + column + begin, plan.source.stride[1], channels, end - begin,
+                        line + begin * channels, channels);
+            } else if (stride == channels) {
               copy_strided(line + begin * channels, row + (column + begin) * stride, 1,
                            (end - begin) * channels);
             } else {

@@ -136,7 +136,7 @@ struct GatherStore {
     if (plan.rows_across && plan.rows_by_phase && plan.target.stride[3] == 1 &&
         plan.target.stride[1] != 1 && !plan.batch_innermost && plan.w.target_step <= kMostPhases)
       return store_transposed(rows, runs, run_count, sums, bias, target);
-    if (plan.rows_across && plan.rows_by_phase)
+    if (plan.rows_across && plan.rows_by_phase && plan.target.stride[1] == 1)
       return store_rows(rows, runs, run_count, sums, bias, target);
     store_strided(rows, runs, run_count, sums, bias, target);
   }
