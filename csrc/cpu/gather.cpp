@@ -185,16 +185,17 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
                       static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
                       plan.offsets() > plan.residues();
   // What lies otherwise in memory is transposed, for lanes without a step alone. Pairs of channels
-  // have a kernel of their own, which is not told of flat rows.
+  // have a kernel of their own, which knows of flat lanes that lie in rows alone.
   const bool in_rows = plan.source.stride[3] == 1, together = plan.source.stride[1] == 1;
-  const bool packable = rows_across ? plan.channel_unit == 1 && (in_rows || together)
-                                    : in_rows || (together && plan.residues() == 1);
+  const bool packable =
+      rows_across ? plan.channel_unit == 1 && (in_rows || together)
+                  : in_rows || (together && plan.residues() == 1 && plan.channel_unit == 1);
   if (!shared || !packable || plan.h.positions == 0 || plan.w.positions == 0) return {};
   // Pixels that fit the panel, halo included: in wide images, of fewer channels at a time.
   int64_t channels = std::clamp<int64_t>(plan.channels, 1, kLeastChannels), room;
   for (;; channels = ceil_div(channels, 2)) {
     room = kPanelBytes / element_bytes / plan.residues() / channels;
-    if (2 * shift <= room) break;
+    if (shift + std::max(shift, kBlockPixels) <= room) break;
     if (channels <= kFewestChannels) return {};
   }
   const auto padded = [](int64_t positions, int64_t halo) {
@@ -348,10 +349,11 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
   if (plan.offset_block > offset_row)
     plan.offset_block = plan.offset_block / offset_row * offset_row;
 
-  // Which panel it is does not matter to the order of summation.
+  // Whether it is one does not matter to the order of summation. Rounded up, channels may be too
+  // many.
   const Flat images = flat_images(plan, plan.rows_across, element_bytes);
   plan.flat =
-      plan.flat && !plan.batch_innermost && plan.offset_block == offsets &&
+      plan.flat && all && !plan.batch_innermost &&
       plan.channel_block * plan.residues() * (images.shift + kBlockPixels) <= panel_elements;
   if (plan.flat) {
     plan.flat_reach = images.shift;
