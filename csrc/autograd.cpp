@@ -82,23 +82,20 @@ using Wanted = std::array<bool, 3>;  // dx, dw, db
 
 Tensor call_forward(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                     const Geometry& g) {
-  static const auto call = profiled("deconv_ext::conv_transpose2d", &forward);
-  return call(x, w, bias, g.stride, g.padding, g.output_padding, g.dilation, g.groups, "auto");
+  return profiled_forward(x, w, bias, g.stride, g.padding, g.output_padding, g.dilation, g.groups,
+                          "auto");
 }
 
 variable_list call_gradients(const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& g,
                              const Wanted& wanted) {
-  static const auto of_input = profiled("deconv_ext::conv_transpose2d_grad_input", &grad_input);
-  static const auto of_weight = profiled("deconv_ext::conv_transpose2d_grad_weight", &grad_weight);
-  static const auto of_bias = profiled("deconv_ext::conv_transpose2d_grad_bias", &grad_bias);
   variable_list gradients(3);
   if (wanted[0])
-    gradients[0] = of_input(dy, w, g.input_size, g.stride, g.padding, g.output_padding, g.dilation,
-                            g.groups, "auto");
+    gradients[0] = profiled_grad_input(dy, w, g.input_size, g.stride, g.padding, g.output_padding,
+                                       g.dilation, g.groups, "auto");
   if (wanted[1])
-    gradients[1] = of_weight(x, dy, g.kernel_size, g.stride, g.padding, g.output_padding,
-                             g.dilation, g.groups, "auto");
-  if (wanted[2]) gradients[2] = of_bias(dy);
+    gradients[1] = profiled_grad_weight(x, dy, g.kernel_size, g.stride, g.padding, g.output_padding,
+                                        g.dilation, g.groups, "auto");
+  if (wanted[2]) gradients[2] = profiled_grad_bias(dy);
   return gradients;
 }
 

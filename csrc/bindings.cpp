@@ -172,19 +172,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> nogil;
   m.doc() = "Kernels of deconv_ext; use deconv_ext.functional instead of calling these directly.";
-  m.def("forward", profiled("deconv_ext::conv_transpose2d", &forward), "x"_a, "w"_a, "bias"_a,
-        "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto",
-        nogil);
+  m.def("forward", profiled_forward, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a,
+        "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
   m.def("forward_activated", profiled("deconv_ext::conv_transpose2d_activated", &forward_activated),
         "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a,
         "groups"_a, "activation"_a, "negative_slope"_a, "algo"_a = "auto", nogil);
-  m.def("grad_input", profiled("deconv_ext::conv_transpose2d_grad_input", &grad_input), "dy"_a,
-        "w"_a, "input_size"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a,
-        "groups"_a, "algo"_a = "auto", nogil);
-  m.def("grad_weight", profiled("deconv_ext::conv_transpose2d_grad_weight", &grad_weight), "x"_a,
-        "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a,
-        "groups"_a, "algo"_a = "auto", nogil);
-  m.def("grad_bias", profiled("deconv_ext::conv_transpose2d_grad_bias", &grad_bias), "dy"_a, nogil);
+  m.def("grad_input", profiled_grad_input, "dy"_a, "w"_a, "input_size"_a, "stride"_a, "padding"_a,
+        "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
+  m.def("grad_weight", profiled_grad_weight, "x"_a, "dy"_a, "kernel_size"_a, "stride"_a,
+        "padding"_a, "output_padding"_a, "dilation"_a, "groups"_a, "algo"_a = "auto", nogil);
+  m.def("grad_bias", profiled_grad_bias, "dy"_a, nogil);
   m.def("recorded_forward", &recorded_forward, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a,
         "output_padding"_a, "dilation"_a, "groups"_a, nogil);
   m.def("output_size", &output_size, "input_size"_a, "kernel_size"_a, "stride"_a, "padding"_a,

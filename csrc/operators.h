@@ -63,5 +63,13 @@ auto profiled(const char* name, Tensor (*function)(Args...)) {
   };
 }
 
+inline const auto profiled_forward = profiled("deconv_ext::conv_transpose2d", &forward);
+inline const auto profiled_grad_input =
+    profiled("deconv_ext::conv_transpose2d_grad_input", &grad_input);
+inline const auto profiled_grad_weight =
+    profiled("deconv_ext::conv_transpose2d_grad_weight", &grad_weight);
+inline const auto profiled_grad_bias =
+    profiled("deconv_ext::conv_transpose2d_grad_bias", &grad_bias);
+
 }  // namespace operators
 }  // namespace deconv

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from deconv_ext.build import extension
@@ -40,6 +41,18 @@ def kernel_calls(function: Callable[[], object]) -> list[str]:
     prefix = "deconv_ext::conv_transpose2d"
     names = [event.name for event in events if event.name.startswith(prefix)]
     return [name.removeprefix(prefix).removeprefix("_") or "forward" for name in names]
+
+
+class SeenOperators(TorchDispatchMode):
+    """A mode that lists the operators of torch's dispatcher that are called in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 def run(op: str, case: Case, t: Operands, algo: str = "auto") -> Tensor:

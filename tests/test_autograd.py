@@ -12,13 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import deconv_ext
 from deconv_ext import autograd, functional
 from deconv_ext.functional import conv_transpose2d
-from support import kernel_calls
+from support import SeenOperators, kernel_calls
 
 ARGUMENTS = {
     "stride": (2, 3),
@@ -158,19 +157,14 @@ def test_backward_twice_and_unbatched():
 
 
 def test_backward_under_a_mode_that_the_forward_did_not_see():
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    seen, args = [], operands(requires_grad=True)
+    args = operands(requires_grad=True)
     y, want = ours(*args), theirs(*args)
     dy = torch.randn_like(y)
-    with Mode():
+    with SeenOperators() as mode:
         got = torch.autograd.grad(y, args, dy)
     assert_close(got, torch.autograd.grad(want, args, dy))
     operators = autograd.operators()
-    assert {operators[name] for name in GRADIENT_OF.values()} <= set(seen)
+    assert {operators[name] for name in GRADIENT_OF.values()} <= set(mode.seen)
 
 
 def test_gradient_with_a_tangent_of_a_call_without_one():

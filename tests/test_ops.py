@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deconv_ext
 from deconv_ext.ops import OPERATORS
 from deconv_ext.testing import LAYOUTS, Case, Operands, make_case, random_case
-from support import dtype_name, each_dtype, in_memory
+from support import SeenOperators, dtype_name, each_dtype, in_memory
 
 CASES = (
     make_case("k4_s2", (2, 5, 6, 7), 9, 4, 2, 1),
@@ -165,21 +165,14 @@ def test_eager_calls_do_without_the_dispatcher() -> None:
 
 @each_dtype(torch.float32)
 def test_modes_see_the_operators(dtype: torch.dtype) -> None:
-    seen = []
-
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     layer = nn.Sequential(
         deconv_ext.ConvTranspose2d(4, 6, 3, dtype=dtype),
         deconv_ext.ConvTranspose2d(6, 6, 3, dtype=dtype, activation="relu"),
     )
     x = torch.randn(2, 4, 5, 3, dtype=dtype, requires_grad=True)
-    with Mode():
+    with SeenOperators() as mode:
         y = layer(x)
         y.sum().backward()
-    assert [op for op in OPERATORS.values() if op not in seen] == [], dtype_name(dtype)
-    assert not [op for op in seen if "aten::convolution" in op.name()]
+    assert [op for op in OPERATORS.values() if op not in mode.seen] == [], dtype_name(dtype)
+    assert not [op for op in mode.seen if "aten::convolution" in op.name()]
     assert torch.equal(y, layer(x))

@@ -147,15 +147,20 @@ void pair_classes(GatherPlan& plan) {
 
 namespace {
 
+// At how many positions of an axis all offsets from `lowest` to `highest` read inside the source.
+int64_t positions_inside(const AxisTaps& axis, int64_t lowest, int64_t highest) {
+  const int64_t first = std::max<int64_t>(0, ceil_div(-lowest, axis.source_step));
+  const int64_t last =
+      std::min(axis.positions - 1, floor_div(axis.source - 1 - highest, axis.source_step));
+  return std::max<int64_t>(0, last - first + 1);
+}
+
 // Taps that read inside the source, as a fraction of those the table lists.
 double valid_fraction(const AxisTaps& axis) {
   int64_t listed = 0, valid = 0;
   for (const PhaseClass& c : axis.classes)
     for (int64_t offset : c.offsets) {
-      const int64_t first = std::max<int64_t>(0, ceil_div(-offset, axis.source_step));
-      const int64_t last =
-          std::min(axis.positions - 1, floor_div(axis.source - 1 - offset, axis.source_step));
-      valid += std::max<int64_t>(0, last - first + 1);
+      valid += positions_inside(axis, offset, offset);
       listed += axis.positions;
     }
   return listed ? static_cast<double>(valid) / static_cast<double>(listed) : 1.0;
@@ -210,13 +215,8 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
 // of rows, and any of which a tap would read outside.
 double packed_fraction(const GatherPlan& plan, int64_t pixel_width) {
   if (!plan.source_as_is || plan.offsets() == 0) return 1;
-  const auto inside = [](const AxisTaps& axis, const std::vector<int64_t>& offsets) {
-    const int64_t first = std::max<int64_t>(0, ceil_div(-offsets.front(), axis.source_step));
-    const int64_t last =
-        std::min(axis.positions - 1, floor_div(axis.source - 1 - offsets.back(), axis.source_step));
-    return std::max<int64_t>(0, last - first + 1);
-  };
-  const int64_t h = inside(plan.h, plan.offsets_h), w = inside(plan.w, plan.offsets_w);
+  const int64_t h = positions_inside(plan.h, plan.offsets_h.front(), plan.offsets_h.back()),
+                w = positions_inside(plan.w, plan.offsets_w.front(), plan.offsets_w.back());
   return 1 - static_cast<double>(h * (w / pixel_width * pixel_width)) /
                  static_cast<double>(std::max<int64_t>(1, plan.h.positions * plan.w.positions));
 }
@@ -480,15 +480,14 @@ Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int t
            axis.stride <= std::min(axis.out, kMaxMergedPhases);
   };
   const auto find = [&] {
-    Choice best{false, false, std::numeric_limits<double>::max()};
+    Choice best{false, false, {}};
     for (int option = 0; option < 4; ++option) {
       const bool h = option & 1, w = option & 2;
       if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
-      const double cycles = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
-                                        format.lanes, format.element_bytes, 0)
-                                .cycles;
+      const Layout layout = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
+                                        format.lanes, format.element_bytes, 0);
       // Weights of merged phases are packed one by one, which a few percent do not pay for.
-      if (cycles < (option == 0 ? 1.0 : 0.95) * best.cycles) best = {h, w, cycles};
+      if (option == 0 || layout.cycles < 0.95 * best.layout.cycles) best = {h, w, layout};
     }
     return best;
   };
@@ -523,8 +522,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.batch_innermost =
       plan.batch >= lanes && plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : 0.8);
   // It decides the order of summation, so it must not depend on the batch.
-  const Layout usual = best_layout(plan, tiles, tile_count, lanes, element_bytes, 0);
-  if (usual.flat) plan.most_channels = flat_images(plan, usual.rows_across, element_bytes).channels;
+  if (choice.layout.flat)
+    plan.most_channels = flat_images(plan, choice.layout.rows_across, element_bytes).channels;
   choose_blocks(plan, element_bytes, threads, kLimits);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);

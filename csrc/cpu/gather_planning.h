@@ -40,7 +40,7 @@ void list_offsets(GatherPlan& plan);
 // The best tables and the best layout of "gemm" by the model, without regard to the batch.
 struct Choice {
   bool merged_h, merged_w;
-  double cycles;
+  Layout layout;
 };
 Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int tile_count,
                       const PanelFormat& format);

@@ -151,7 +151,7 @@ bool winograd_pays(Op op, const Params& params, const TileShape* tiles, int tile
   for (const PhaseClass& h : direct.h.classes)
     for (const PhaseClass& w : direct.w.classes)
       taps += static_cast<double>(h.offsets.size() * w.offsets.size());
-  const double gemm = choose_merging(op, params, tiles, tile_count, format).cycles +
+  const double gemm = choose_merging(op, params, tiles, tile_count, format).layout.cycles +
                       positions_of(direct) * taps * static_cast<double>(direct.channels) *
                           streamed(taps, direct, kPixelsOfBlock);
   // Less than a tenth is not worth other roundings.
