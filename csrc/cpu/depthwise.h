@@ -6,11 +6,14 @@
 //     grad_input    dx[n, ih, iw, :] = sum of w[k, :] * dy[n, oh, ow, :], over taps
 //     grad_weight   dw[k, :]         = sum of x[n, ih, iw, :] * dy[n, oh, ow, :], over n, ih, iw
 //
-// The weight is transposed to [k][channel] once; taps are clipped to the image.
+// The weight is transposed to [k][channel] once; taps are clipped to the image. grad_weight goes
+// over lines, sums a line in registers, four neighbouring taps at a time, and shares lines and
+// channels out to tasks (direct_weight.h).
 #pragma once
 
 #include "activate.h"
 #include "direct_weight.h"
+#include "row_plan.h"
 
 namespace deconv {
 namespace cpu {
@@ -23,8 +26,9 @@ struct Depthwise {
   static constexpr int kVectors = 4;  // of sums held in registers
 
   const Params& params;
-  const Problem& p = params.problem;
+  const AxisPlan &axis_h, &axis_w;
   T* weights;  // [kernel_h][kernel_w][channels]
+  const Problem& p = params.problem;
 
   void pack_weights() const {
     for (int64_t kh = 0; kh < p.h.kernel; ++kh)
@@ -84,13 +88,13 @@ struct Depthwise {
     to[c] = convert<S>(sum);
   }
 
-  // The taps that reach index `at` of the target.
-  static Terms find_terms(bool forward, const Axis& axis, int64_t at, int64_t source_stride,
-                          int64_t weight_stride, Term* list) {
+  // The taps of one index of the target that read inside.
+  static Terms find_terms(const AxisPosition& at, int64_t source_stride, int64_t weight_stride,
+                          Term* list) {
     int64_t count = 0;
-    for (int64_t k = 0; k < axis.kernel; ++k) {
-      const int64_t i = forward ? input_index(axis, at, k) : output_index(axis, at, k);
-      if (i >= 0) list[count++] = {i * source_stride, k * weight_stride};
+    for (const PhaseTap& tap : at) {
+      const int64_t source = at.source(tap);
+      if (source >= 0) list[count++] = {source * source_stride, tap.k * weight_stride};
     }
     return {list, count};
   }
@@ -102,11 +106,12 @@ struct Depthwise {
                     &target = forward ? params.y : params.x;
     Carver carver(thread_scratch((p.h.kernel + p.w.kernel) * sizeof(Term) + 64));
     Term *list_h = carver.take<Term>(p.h.kernel), *list_w = carver.take<Term>(p.w.kernel);
-    const Terms h = find_terms(forward, p.h, line, source.stride[2], p.w.kernel * p.c_in, list_h);
+    const Terms h =
+        find_terms(AxisPosition(axis_h, line), source.stride[2], p.w.kernel * p.c_in, list_h);
     const S* image = static_cast<const S*>(source.data) + source.at(n, 0, 0, 0);
-    const int64_t width = forward ? p.w.out : p.w.in;
-    for (int64_t column = 0; column < width; ++column) {
-      const Terms w = find_terms(forward, p.w, column, source.stride[3], p.c_in, list_w);
+    AxisPosition at(axis_w, 0);
+    for (int64_t column = 0; column < axis_w.target_size; ++column, at.next()) {
+      const Terms w = find_terms(at, source.stride[3], p.c_in, list_w);
       S* to = static_cast<S*>(target.data) + target.at(n, 0, line, column);
       int64_t c = 0;
       for (; c + kVectors * kN <= p.c_in; c += kVectors * kN)
@@ -115,62 +120,143 @@ struct Depthwise {
       for (; c < p.c_in; ++c) sum_terms_of_one(h, w, image, c, start, to);
     }
   }
+};
 
-  // dw of one kernel row for up to kN channels from c on: sums of a line in lanes, added to the
-  // total after each.
-  void grad_weight_row(int64_t c, int64_t kh) const {
-    const int64_t channels = min_of<int64_t>(kN, p.c_in - c);
-    Carver carver(thread_scratch(2 * p.w.kernel * kN * sizeof(T)));
-    T *total = carver.take<T>(p.w.kernel * kN), *sums = carver.take<T>(p.w.kernel * kN);
-    for (int64_t i = 0; i < p.w.kernel * kN; ++i) total[i] = 0;
-    const Range lines = inputs_of(p.h, kh);
-    for (int64_t n = 0; n < p.batch; ++n)
-      for (int64_t ih = lines.begin; ih < lines.end; ++ih) {
-        const int64_t oh = output_index(p.h, ih, kh);
-        for (int64_t i = 0; i < p.w.kernel * kN; ++i) sums[i] = 0;
-        for (int64_t kw = 0; kw < p.w.kernel; ++kw) {
-          const Range inputs = inputs_of(p.w, kw);
-          const S* x = static_cast<const S*>(params.x.data) + params.x.at(n, c, ih, inputs.begin);
-          const S* dy =
-              static_cast<const S*>(params.y.data) +
-              params.y.at(n, c, oh, inputs.begin * p.w.stride + kw * p.w.dilation - p.w.pad);
-          add_lanes(sums + kw * kN, x, params.x.stride[3], dy, params.y.stride[3] * p.w.stride,
-                    inputs.end - inputs.begin, channels);
+// grad_weight of a task: some lines, kernel rows and channels.
+template <class S>
+struct DepthwiseWeight {
+  using T = typename Arithmetic<S>::type;
+  static constexpr int kN = kLanes<T>;
+  static constexpr int kTaps = 4;           // with their sums in registers
+  static constexpr int64_t kChannels = 64;  // of a task
+
+  const Params& params;
+  const ColumnTap* columns;  // [kernel_w]
+  const WeightTasks& tasks;
+  T* partial;  // [part][channel][kernel_h][kernel_w]
+  const Problem& p = params.problem;
+
+  // sums[tap][channel] += sum over pixels of x[pixel][channel] * dy[tap][pixel][channel], for
+  // Vectors of channels, or for `channels` fewer than a vector
+  template <int Taps, int Vectors>
+  static void add_pixels(const S* x, int64_t x_step, const S* const* dy, int64_t dy_step,
+                         int64_t pixels, T* sums, int64_t pitch, int64_t channels) {
+    Vector<T> sum[Taps][Vectors];
+    const S* from[Taps];
+    for (int k = 0; k < Taps; ++k) {
+      from[k] = dy[k];
+      for (int v = 0; v < Vectors; ++v) sum[k][v] = load_vector(sums + k * pitch + v * kN);
+    }
+    if (Vectors > 1 || channels == kN) {
+      for (int64_t pixel = 0, at = 0; pixel < pixels; ++pixel, x += x_step, at += dy_step)
+        for (int v = 0; v < Vectors; ++v) {
+          const Vector<T> factor = load_as<T>(x + v * kN);
+          for (int k = 0; k < Taps; ++k) sum[k][v] += factor * load_as<T>(from[k] + at + v * kN);
         }
-        for (int64_t i = 0; i < p.w.kernel * kN; ++i) total[i] += sums[i];
+    } else {
+      for (int64_t pixel = 0, at = 0; pixel < pixels; ++pixel, x += x_step, at += dy_step) {
+        const Vector<T> factor = load_first<T>(x, channels);
+        for (int k = 0; k < Taps; ++k) sum[k][0] += factor * load_first<T>(from[k] + at, channels);
       }
-    for (int64_t kw = 0; kw < p.w.kernel; ++kw)
-      for (int64_t i = 0; i < channels; ++i)
-        static_cast<S*>(params.w.data)[params.w.at(c + i, 0, kh, kw)] =
-            convert<S>(total[kw * kN + i]);
+    }
+    for (int k = 0; k < Taps; ++k)
+      for (int v = 0; v < Vectors; ++v) store_vector(sums + k * pitch + v * kN, sum[k][v]);
   }
 
-  static void add_lanes(T* sums, const S* x, int64_t x_step, const S* dy, int64_t dy_step,
-                        int64_t count, int64_t channels) {
-    if (channels == kN) {
-      Vector<T> sum = load_vector(sums);
-      for (int64_t pixel = 0; pixel < count; ++pixel, x += x_step, dy += dy_step)
-        sum += load_as<T>(x) * load_as<T>(dy);
-      store_vector(sums, sum);
-      return;
+  // Taps [k0, k0 + Taps) of a kernel row over the inputs [begin, end) of a line.
+  template <int Taps>
+  void add_taps(const S* x, const S* dy, int64_t k0, int64_t begin, int64_t end, T* sums,
+                int64_t pitch, int64_t channels) const {
+    if (begin >= end) return;
+    const int64_t x_step = params.x.stride[3], dy_step = params.y.stride[3];
+    const S* from[Taps];
+    for (int k = 0; k < Taps; ++k)
+      from[k] =
+          dy + (columns[k0 + k].output + (begin - columns[k0 + k].begin) * p.w.stride) * dy_step;
+    x += begin * x_step;
+    int64_t c = 0;
+    const auto advance = [&](int64_t by) {
+      c += by;
+      x += by;
+      for (int k = 0; k < Taps; ++k) from[k] += by;
+    };
+    for (; c + 2 * kN <= channels; advance(2 * kN))
+      add_pixels<Taps, 2>(x, x_step, from, dy_step * p.w.stride, end - begin, sums + c, pitch, kN);
+    for (; c < channels; advance(kN))
+      add_pixels<Taps, 1>(x, x_step, from, dy_step * p.w.stride, end - begin, sums + c, pitch,
+                          min_of<int64_t>(kN, channels - c));
+  }
+
+  // One line of x against one of dy: inputs that all taps of a block carry inside, then each tap's
+  // own.
+  void add_line(const S* x, const S* dy, T* sums, int64_t pitch, int64_t channels) const {
+    for (int64_t k0 = 0; k0 < p.w.kernel; k0 += kTaps) {
+      const int64_t taps = min_of<int64_t>(kTaps, p.w.kernel - k0);
+      int64_t begin = 0, end = p.w.in;
+      for (int64_t k = k0; k < k0 + taps; ++k) {
+        begin = max_of(begin, columns[k].begin);
+        end = min_of(end, columns[k].end);
+      }
+      if (taps == kTaps) add_taps<kTaps>(x, dy, k0, begin, end, sums + k0 * pitch, pitch, channels);
+      if (taps < kTaps || begin >= end) end = begin;
+      for (int64_t k = k0; k < k0 + taps; ++k) {
+        T* to = sums + k * pitch;
+        add_taps<1>(x, dy, k, columns[k].begin, min_of(begin, columns[k].end), to, pitch, channels);
+        add_taps<1>(x, dy, k, max_of(end, columns[k].begin), columns[k].end, to, pitch, channels);
+      }
     }
-    for (int64_t pixel = 0; pixel < count; ++pixel, x += x_step, dy += dy_step)
-      for (int64_t i = 0; i < channels; ++i) sums[i] += convert<T>(x[i]) * convert<T>(dy[i]);
+  }
+
+  void run(int64_t task) const {
+    const WeightTasks::Task t = tasks.at(task);
+    const int64_t c0 = t.unit * kChannels, channels = min_of(kChannels, p.c_in - c0),
+                  pitch = round_up<int64_t>(channels, 2 * kN), row_sums = p.w.kernel * pitch,
+                  rows = t.row_end - t.row_begin;
+    PartialSums<T> sums(static_cast<T*>(thread_scratch(2 * rows * row_sums * sizeof(T))),
+                        rows * row_sums);
+    for (int64_t line = t.line_begin; line < t.line_end; ++line) {
+      const int64_t n = line / p.h.in, ih = line % p.h.in;
+      const S* x = static_cast<const S*>(params.x.data) + params.x.at(n, c0, ih, 0);
+      for (int64_t kh = t.row_begin; kh < t.row_end; ++kh) {
+        const int64_t oh = output_index(p.h, ih, kh);
+        if (oh < 0) continue;
+        const S* dy = static_cast<const S*>(params.y.data) + params.y.at(n, c0, oh, 0);
+        add_line(x, dy, sums.partial + (kh - t.row_begin) * row_sums, pitch, channels);
+      }
+      sums.added(p.w.in);
+    }
+    sums.fold();
+    T* to = partial + t.part * tasks.elements;
+    for (int64_t kh = t.row_begin; kh < t.row_end; ++kh)
+      for (int64_t kw = 0; kw < p.w.kernel; ++kw)
+        for (int64_t c = 0; c < channels; ++c)
+          to[((c0 + c) * p.h.kernel + kh) * p.w.kernel + kw] =
+              sums.total[(kh - t.row_begin) * row_sums + kw * pitch + c];
   }
 };
+
+template <class S>
+void depthwise_weight(const Params& params, int threads) {
+  using Kernel = DepthwiseWeight<S>;
+  const Problem& p = params.problem;
+  const WeightTasks tasks(p, (p.c_in + Kernel::kChannels - 1) / Kernel::kChannels,
+                          p.w.kernel * min_of(Kernel::kChannels, p.c_in), p.h.kernel);
+  Carver carver(call_scratch(tasks.bytes(sizeof(typename Kernel::T)) +
+                             round_up<int64_t>(p.w.kernel * sizeof(ColumnTap), 64)));
+  ColumnTap* columns = carver.take<ColumnTap>(p.w.kernel);
+  for (int64_t kw = 0; kw < p.w.kernel; ++kw) columns[kw] = column_tap(p.w, kw);
+  const Kernel kernel{params, columns, tasks,
+                      carver.take<typename Kernel::T>(tasks.parts * tasks.elements)};
+  parallel_for(tasks.count(), threads,
+               [&](int64_t task) { in_phase(Phase::kProduct, [&] { kernel.run(task); }); });
+  finish_weights<S>(params, tasks, kernel.partial, threads);
+}
 
 template <class S>
 void depthwise(Op op, const Params& params, int threads) {
   using T = typename Arithmetic<S>::type;
   const Problem& p = params.problem;
-  if (op == Op::kGradWeight) {
-    const Depthwise<S> kernel{params, params.problem, nullptr};
-    parallel_for((p.c_in + kLanes<T> - 1) / kLanes<T> * p.h.kernel, threads, [&](int64_t task) {
-      in_phase(Phase::kProduct,
-               [&] { kernel.grad_weight_row(task / p.h.kernel * kLanes<T>, task % p.h.kernel); });
-    });
-    return;
-  }
+  if (op == Op::kGradWeight) return depthwise_weight<S>(params, threads);
   const int64_t elements = p.h.kernel * p.w.kernel * p.c_in;
   T* packed = static_cast<T*>(call_scratch((elements + p.c_in) * sizeof(T)));
   T* start = packed + elements;
@@ -178,9 +264,10 @@ void depthwise(Op op, const Params& params, int threads) {
     start[c] = op == Op::kForward && params.bias
                    ? convert<T>(static_cast<const S*>(params.bias)[c * params.bias_stride])
                    : T(0);
-  const Depthwise<S> kernel{params, params.problem, packed};
+  const AxisPlan axis_h = plan_axis(op, p.h), axis_w = plan_axis(op, p.w);
+  const Depthwise<S> kernel{params, axis_h, axis_w, packed};
   kernel.pack_weights();
-  const int64_t rows = op == Op::kForward ? p.h.out : p.h.in;
+  const int64_t rows = axis_h.target_size;
   parallel_for(p.batch * rows, threads, [&](int64_t task) {
     in_phase(Phase::kProduct, [&] { kernel.row(op, task / rows, task % rows, start); });
   });

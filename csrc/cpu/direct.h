@@ -14,29 +14,40 @@
 #include "activate.h"
 #include "interleave.h"
 #include "microkernel.h"
+#include "pack_row.h"
 #include "profile.h"
-#include "row_plan.h"
 #include "scratch.h"
 
 namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
+// A packed row, and where the weights of its channel and kernel row are.
+template <class T>
+struct PackedRow {
+  const T* elements;
+  int64_t weights;
+};
+
 // The taps of one column phase over the packed rows that a row of the target reads.
 template <class T>
 struct RowSum {
-  const T* const* packed;  // [rows], or null where the row lies outside the source
+  const PackedRow<T>* packed;  // [rows]
   int64_t rows;
-  const T* weights;  // of the first row; those of the next are `weight_step` further
-  int64_t weight_step;
+  const T* weights;
   const int64_t* start;  // [taps] where in a packed row the tap begins
   int64_t taps;
 };
 
+// Lanes that are not zero where a sum became NaN.
+template <class T>
+using Broken = Vector<typename IntegerOf<sizeof(T)>::type>;
+
 // sums[i] (+)= sum over rows and taps of weight * packed[row][start[tap] + i], i < Vectors *
 // kLanes; in two levels, as everywhere (microkernel.h).
 template <int Vectors, class T>
-inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumulate) {
+inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumulate,
+                            Broken<T>& broken) {
   constexpr int kN = kLanes<T>;
   Vector<T> total[Vectors], partial[Vectors];
   for (int v = 0; v < Vectors; ++v) {
@@ -44,10 +55,8 @@ inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumul
     partial[v] = Vector<T>{};
   }
   int64_t terms = 0;
-  const T* weights = r.weights;
-  for (int64_t row = 0; row < r.rows; ++row, weights += r.weight_step) {
-    if (!r.packed[row]) continue;
-    const T* packed = r.packed[row] + i;
+  for (const PackedRow<T>*row = r.packed, *const end = row + r.rows; row != end; ++row) {
+    const T *packed = row->elements + i, *weights = r.weights + row->weights;
     for (int64_t tap = 0; tap < r.taps; ++tap) {
       const T weight = weights[tap];
       const T* source = packed + r.start[tap];
@@ -61,16 +70,24 @@ inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumul
       partial[v] = Vector<T>{};
     }
   }
-  for (int v = 0; v < Vectors; ++v) store_vector(sums + i + v * kN, total[v] + partial[v]);
+  for (int v = 0; v < Vectors; ++v) {
+    const Vector<T> sum = total[v] + partial[v];
+    broken |= sum != sum;
+    store_vector(sums + i + v * kN, sum);
+  }
 }
 
-// The same for whole vectors that cover `length` positions.
+// The same for whole vectors that cover `length` positions. Whether a sum became NaN.
 template <class T>
-DECONV_PHASE void sum_rows(const RowSum<T>& r, int64_t length, T* sums, bool accumulate) {
+DECONV_PHASE bool sum_rows(const RowSum<T>& r, int64_t length, T* sums, bool accumulate) {
   constexpr int kN = kLanes<T>;
+  Broken<T> broken{};
   int64_t i = 0;
-  for (; i + 3 * kN < length; i += 4 * kN) sum_row_vectors<4>(r, i, sums, accumulate);
-  for (; i < length; i += kN) sum_row_vectors<1>(r, i, sums, accumulate);
+  for (; i + 3 * kN < length; i += 4 * kN) sum_row_vectors<4>(r, i, sums, accumulate, broken);
+  for (; i < length; i += kN) sum_row_vectors<1>(r, i, sums, accumulate, broken);
+  bool any = false;
+  for (int lane = 0; lane < kN; ++lane) any |= broken[lane] != 0;
+  return any;
 }
 
 template <class S>
@@ -90,12 +107,12 @@ struct Direct {
 
   // What a task works with.
   struct Scratch {
-    T* packed;         // [channel][slot][copy][pitch]
-    int64_t* kept;     // [channel][slot] the source row that lies there
-    const T** row_of;  // [channel][kh] packed, or null where the row has no such tap
-    T* sums;           // [phase with taps][piece in whole vectors]
-    T* zeros;          // of phases without taps
-    const T** rows;    // [phase] of the interleaving
+    T* packed;           // [channel][slot][copy][pitch]
+    int64_t* kept;       // [channel][slot] the source row that lies there
+    PackedRow<T>* read;  // [kernel_h][channel] those that a row of the target reads
+    T* sums;             // [phase with taps][piece in whole vectors]
+    T* zeros;            // of phases without taps
+    const T** rows;      // [phase] of the interleaving
   };
 
   int64_t sum_pitch() const { return round_up<int64_t>(plan.piece, kLanes<T>); }
@@ -107,38 +124,15 @@ struct Direct {
       Carver carver(memory);
       s.packed = carver.take<T>(packed_rows * row_elements);
       s.kept = carver.take<int64_t>(packed_rows);
-      s.row_of = carver.take<const T*>(plan.channels * p.h.kernel);
+      s.read = carver.take<PackedRow<T>>(plan.channels * p.h.kernel);
       s.sums = carver.take<T>(phases * sum_pitch());
       s.zeros = carver.take<T>(sum_pitch());
-      s.rows = carver.take<const T*>(plan.target_step);
+      s.rows = carver.take<const T*>(plan.w.target_step);
       return carver.used();
     };
     take(thread_scratch(take(nullptr)));
     for (int64_t i = 0; i < sum_pitch(); ++i) s.zeros[i] = 0;
     return s;
-  }
-
-  // The source row that kernel row kh carries to row t of the target, or -1.
-  int64_t source_row(int64_t t, int64_t kh) const {
-    return op == Op::kForward ? input_index(p.h, t, kh) : output_index(p.h, t, kh);
-  }
-
-  // All copies of one row, for positions from j0 on; zeros stand where the row ends.
-  DECONV_PHASE void pack_row(int64_t n, int64_t channel, int64_t row, int64_t j0, T* to) const {
-    const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
-    const int64_t step = plan.source_step, size = plan.source_size;
-    for (const RowPlan::Copy& copy : plan.copies) {
-      const int64_t first = (j0 + copy.base) * step + copy.residue;
-      const int64_t before = first < 0 ? (-first + step - 1) / step : 0;
-      const int64_t inside = size > first ? (size - first + step - 1) / step : 0;
-      const int64_t end = min_of(plan.pitch, inside), begin = min_of(before, end);
-      for (int64_t i = 0; i < begin; ++i) to[i] = 0;
-      if (begin < end)
-        copy_strided(to + begin, source + (first + begin * step) * plan.source.stride[3],
-                     step * plan.source.stride[3], end - begin);
-      for (int64_t i = end; i < plan.pitch; ++i) to[i] = 0;
-      to += plan.pitch;
-    }
   }
 
   int64_t weight_elements() const {
@@ -159,21 +153,20 @@ struct Direct {
           }
   }
 
-  // sums[phase] (+)= the terms of `rows` packed rows, which stand for (channel, kh) from
-  // `first_row` on
-  void add_rows(int64_t group, int64_t row, const T* const* packed, int64_t first_row, int64_t rows,
-                int64_t count, bool accumulate, const Scratch& s) const {
-    const T* w =
-        weights + ((group * plan.rows + row) * plan.channels * p.h.kernel + first_row) * taps;
+  // sums[phase] (+)= the terms of `count` packed rows. Whether a sum became NaN.
+  bool add_rows(int64_t group, int64_t row, const PackedRow<T>* packed, int64_t count,
+                int64_t length, bool accumulate, const Scratch& s) const {
+    const T* w = weights + (group * plan.rows + row) * plan.channels * p.h.kernel * taps;
+    bool broken = false;
     in_phase(Phase::kProduct, [&] {
       for (int64_t i = 0; i < phases; ++i) {
         const RowPlan::ColumnPhase& phase = plan.phases[i];
-        const RowSum<T> sum{
-            packed,    rows, w + phase.first_tap, taps, plan.starts.data() + phase.first_tap,
-            phase.taps};
-        sum_rows(sum, count, s.sums + i * sum_pitch(), accumulate);
+        const RowSum<T> sum{packed, count, w + phase.first_tap,
+                            plan.starts.data() + phase.first_tap, phase.taps};
+        broken |= sum_rows(sum, length, s.sums + i * sum_pitch(), accumulate);
       }
     });
+    return broken;
   }
 
   // Rows [t0, t1) of the target, all channels of one group.
@@ -182,21 +175,14 @@ struct Direct {
     for (int64_t j0 = 0; j0 < plan.positions; j0 += plan.piece) {
       const int64_t count = min_of(plan.piece, plan.positions - j0);
       for (int64_t i = 0; plan.keep && i < plan.channels * plan.slots; ++i) s.kept[i] = kNoRow;
-      for (int64_t t = t0; t < t1; ++t) {
-        for (int64_t kh = 0; plan.keep && kh < p.h.kernel; ++kh) {
-          const int64_t source = source_row(t, kh), slot = source % plan.slots;
-          for (int64_t c = 0; c < plan.channels; ++c)
-            s.row_of[c * p.h.kernel + kh] =
-                source < 0 ? nullptr : kept_row(n, group, c, source, slot, j0, s);
-        }
+      AxisPosition at(plan.h, t0);
+      for (int64_t t = t0; t < t1; ++t, at.next()) {
+        const int64_t read = plan.keep ? keep_rows(n, group, at, j0, s) : 0;
         for (int64_t row = 0; row < plan.rows; ++row) {
-          if (plan.keep) {
-            add_rows(group, row, s.row_of, 0, plan.channels * p.h.kernel, count, false, s);
-          } else {
-            sum_one_by_one(n, group, row, t, j0, count, s);
-          }
+          const bool broken = plan.keep ? add_rows(group, row, s.read, read, count, false, s)
+                                        : sum_one_by_one(n, group, row, at, j0, count, s);
           in_phase(Phase::kStore, [&] {
-            repair(n, group * plan.rows + row, t, j0, count, s);
+            if (broken) repair(n, group * plan.rows + row, t, j0, count, s);
             store(n, group * plan.rows + row, t, j0, count, s);
           });
         }
@@ -204,27 +190,41 @@ struct Direct {
     }
   }
 
-  const T* kept_row(int64_t n, int64_t group, int64_t c, int64_t source, int64_t slot, int64_t j0,
+  // Has the rows that are read at `at` packed, and lists them.
+  int64_t keep_rows(int64_t n, int64_t group, const AxisPosition& at, int64_t j0,
                     const Scratch& s) const {
-    const int64_t place = c * plan.slots + slot;
-    T* packed = s.packed + place * row_elements;
-    if (s.kept[place] != source)
-      in_phase(Phase::kPack, [&] { pack_row(n, group * plan.channels + c, source, j0, packed); });
-    s.kept[place] = source;
-    return packed;
+    int64_t count = 0;
+    for (const PhaseTap& tap : at) {
+      const int64_t source = at.source(tap);
+      if (source < 0) continue;
+      const int64_t slot = source % plan.slots;
+      for (int64_t c = 0; c < plan.channels; ++c) {
+        const int64_t place = c * plan.slots + slot;
+        T* packed = s.packed + place * row_elements;
+        if (s.kept[place] != source)
+          in_phase(Phase::kPack,
+                   [&] { pack_row<S>(plan, n, group * plan.channels + c, source, j0, packed); });
+        s.kept[place] = source;
+        s.read[count++] = {packed, (c * p.h.kernel + tap.k) * taps};
+      }
+    }
+    return count;
   }
 
-  void sum_one_by_one(int64_t n, int64_t group, int64_t row, int64_t t, int64_t j0, int64_t count,
-                      const Scratch& s) const {
+  bool sum_one_by_one(int64_t n, int64_t group, int64_t row, const AxisPosition& at, int64_t j0,
+                      int64_t length, const Scratch& s) const {
+    bool broken = false;
     for (int64_t i = 0; i < phases * sum_pitch(); ++i) s.sums[i] = 0;
     for (int64_t c = 0; c < plan.channels; ++c)
-      for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
-        const int64_t source = source_row(t, kh);
+      for (const PhaseTap& tap : at) {
+        const int64_t source = at.source(tap);
         if (source < 0) continue;
         in_phase(Phase::kPack,
-                 [&] { pack_row(n, group * plan.channels + c, source, j0, s.packed); });
-        add_rows(group, row, &s.packed, c * p.h.kernel + kh, 1, count, true, s);
+                 [&] { pack_row<S>(plan, n, group * plan.channels + c, source, j0, s.packed); });
+        const PackedRow<T> packed{s.packed, (c * p.h.kernel + tap.k) * taps};
+        broken |= add_rows(group, row, &packed, 1, length, true, s);
       }
+    return broken;
   }
 
   // Zeros that stand for padding turn into NaN against infinite weights. Whatever came out as NaN
@@ -233,15 +233,12 @@ struct Direct {
               const Scratch& s) const {
     for (int64_t i = 0; i < phases; ++i) {
       T* sums = s.sums + i * sum_pitch();
-      int broken = 0;
-      for (int64_t j = 0; j < count; ++j) broken |= sums[j] != sums[j];
-      if (!broken) continue;
       Params plain = params;
       plain.bias = nullptr;
       plain.activation = Activation::kNone;
       for (int64_t j = 0; j < count; ++j) {
-        const int64_t column = (j0 + j) * plan.target_step + plan.phases[i].phase;
-        if (sums[j] == sums[j] || column >= plan.target_size) continue;
+        const int64_t column = (j0 + j) * plan.w.target_step + plan.phases[i].phase;
+        if (sums[j] == sums[j] || column >= plan.w.target_size) continue;
         sums[j] = static_cast<T>(
             op == Op::kForward
                 ? reference::forward_element<double, S>(plain, n, row, t, column)
@@ -254,13 +251,13 @@ struct Direct {
   void activate_phases(int64_t count, T bias, const Scratch& s) const {
     for (int64_t i = 0; i < phases; ++i)
       activate_lines<T>(params, {s.sums + i * sum_pitch(), 1, 0, count, &bias, true});
-    if (phases == min_of(plan.target_step, plan.target_size)) return;
+    if (phases == min_of(plan.w.target_step, plan.w.target_size)) return;
     for (int64_t j = 0; j < count; ++j) s.zeros[j] = 0;
     activate_lines<T>(params, {s.zeros, 1, 0, count, &bias, true});
   }
 
   void store(int64_t n, int64_t row, int64_t t, int64_t j0, int64_t count, const Scratch& s) const {
-    const int64_t all = min_of(plan.target_step, plan.target_size);
+    const int64_t all = min_of(plan.w.target_step, plan.w.target_size);
     for (int64_t r = 0; r < all; ++r) s.rows[r] = s.zeros;
     for (int64_t i = 0; i < phases; ++i) s.rows[plan.phases[i].phase] = s.sums + i * sum_pitch();
     T bias = params.bias ? convert<T>(static_cast<const S*>(params.bias)[row * params.bias_stride])
@@ -271,11 +268,11 @@ struct Direct {
     }
     S* target = static_cast<S*>(plan.target.data) + plan.target.at(n, row, t, 0);
     if (plan.target.stride[3] == 1)
-      return interleave(target, j0 * plan.target_step, plan.target_step, plan.target_size, s.rows,
-                        all, 0, count, bias);
+      return interleave(target, j0 * plan.w.target_step, plan.w.target_step, plan.w.target_size,
+                        s.rows, all, 0, count, bias);
     for (int64_t r = 0; r < all; ++r)
-      for (int64_t j = 0; j < count && (j0 + j) * plan.target_step + r < plan.target_size; ++j)
-        target[((j0 + j) * plan.target_step + r) * plan.target.stride[3]] =
+      for (int64_t j = 0; j < count && (j0 + j) * plan.w.target_step + r < plan.w.target_size; ++j)
+        target[((j0 + j) * plan.w.target_step + r) * plan.target.stride[3]] =
             convert<S>(s.rows[r][j] + bias);
   }
 };
@@ -290,13 +287,13 @@ void direct(Op op, const Params& params, int threads) {
   // A task is some rows of all planes of a group: enough to read packed rows again, not so many
   // that threads go without.
   const int64_t planes = params.problem.batch * plan.groups;
-  const int64_t most = (plan.row_count * planes + 4 * threads - 1) / (4 * threads);
+  const int64_t most = (plan.h.target_size * planes + 4 * threads - 1) / (4 * threads);
   const int64_t each = max_of<int64_t>(1, min_of<int64_t>(32, most));
-  const int64_t parts = (plan.row_count + each - 1) / each;
+  const int64_t parts = (plan.h.target_size + each - 1) / each;
   parallel_for(planes * parts, threads, [&](int64_t task) {
     const int64_t plane = task / parts, first = task % parts * each;
     kernel.rows(plane / plan.groups, plane % plan.groups, first,
-                min_of(first + each, plan.row_count));
+                min_of(first + each, plan.h.target_size));
   });
 }
 

@@ -12,8 +12,9 @@ constexpr int64_t kLeastPiece = 64, kMostPiece = 4096;
 // Taps further apart than this get copies of their own: scratch must not grow with the dilation.
 constexpr int64_t kMostShift = 64;
 
-void plan_columns(RowPlan& plan, std::vector<PhaseTap> taps) {
-  const int64_t step = plan.source_step;
+void plan_columns(RowPlan& plan) {
+  const std::vector<PhaseTap>& taps = plan.w.taps;
+  const int64_t step = plan.w.source_step;
   std::vector<RowPlan::Copy> wanted;  // one a tap: its residue and its offset in steps
   for (const PhaseTap& tap : taps) {
     const int64_t base = floor_div(tap.offset, step);
@@ -41,6 +42,21 @@ void plan_columns(RowPlan& plan, std::vector<PhaseTap> taps) {
 
 }  // namespace
 
+AxisPlan plan_axis(Op op, const Axis& axis) {
+  AxisPlan plan{axis.out, axis.in, axis.stride, 1, {}, {0}};
+  if (op == Op::kForward) {
+    plan = {axis.in, axis.out, 1, axis.stride, forward_tap_list(axis), {0}};
+  } else {
+    for (const Tap& tap : grad_input_tap_list(axis)) plan.taps.push_back({0, tap.k, tap.offset});
+  }
+  const int64_t phases = std::min(plan.target_step, plan.target_size);
+  for (int64_t r = 0, i = 0; r < phases; ++r) {
+    while (i < static_cast<int64_t>(plan.taps.size()) && plan.taps[i].phase == r) ++i;
+    plan.first_tap.push_back(i);
+  }
+  return plan;
+}
+
 RowPlan plan_rows(Op op, const Params& params, int lanes) {
   const Problem& p = params.problem;
   const bool forward = op == Op::kForward;
@@ -50,19 +66,10 @@ RowPlan plan_rows(Op op, const Params& params, int lanes) {
   plan.target = forward ? params.y : params.x;
   plan.channels = (forward ? p.c_in : p.c_out) / p.groups;
   plan.rows = (forward ? p.c_out : p.c_in) / p.groups;
-  plan.source_size = forward ? p.w.in : p.w.out;
-  plan.target_size = forward ? p.w.out : p.w.in;
-  plan.row_count = forward ? p.h.out : p.h.in;
-  plan.source_step = forward ? 1 : p.w.stride;
-  plan.target_step = forward ? p.w.stride : 1;
-  plan.positions = ceil_div(plan.target_size, plan.target_step);
-  std::vector<PhaseTap> taps;
-  if (forward) {
-    taps = forward_tap_list(p.w);
-  } else {
-    for (const Tap& tap : grad_input_tap_list(p.w)) taps.push_back({0, tap.k, tap.offset});
-  }
-  plan_columns(plan, taps);
+  plan.h = plan_axis(op, p.h);
+  plan.w = plan_axis(op, p.w);
+  plan.positions = ceil_div(plan.w.target_size, plan.w.target_step);
+  plan_columns(plan);
 
   // Consecutive kernel rows read source rows that are this far apart.
   const int64_t row_step =

@@ -18,6 +18,39 @@
 namespace deconv {
 namespace cpu {
 
+// Which taps reach an index of the target along one axis: index j * target_step + r has the taps of
+// phase r, and a tap reads source index j * source_step + offset where that lies inside.
+struct AxisPlan {
+  int64_t source_size, target_size, source_step, target_step;
+  std::vector<PhaseTap> taps;      // phase after phase
+  std::vector<int64_t> first_tap;  // [phases + 1]
+
+  int64_t phases() const { return static_cast<int64_t>(first_tap.size()) - 1; }
+};
+
+AxisPlan plan_axis(Op op, const Axis& axis);
+
+// The taps of one index after the other.
+struct AxisPosition {
+  const AxisPlan& axis;
+  int64_t j, r;
+
+  AxisPosition(const AxisPlan& plan, int64_t index)
+      : axis(plan), j(index / plan.target_step), r(index % plan.target_step) {}
+  void next() {
+    if (++r < axis.target_step) return;
+    r = 0;
+    ++j;
+  }
+  const PhaseTap* begin() const { return axis.taps.data() + axis.first_tap[r]; }
+  const PhaseTap* end() const { return axis.taps.data() + axis.first_tap[r + 1]; }
+  // What the tap reads, or -1 where that is outside.
+  int64_t source(const PhaseTap& tap) const {
+    const int64_t index = j * axis.source_step + tap.offset;
+    return index >= 0 && index < axis.source_size ? index : -1;
+  }
+};
+
 struct RowPlan {
   // copy[i] = source row[(j0 + base + i) * source_step + residue], j0 being the first position
   struct Copy {
@@ -32,9 +65,8 @@ struct RowPlan {
 
   TensorRef source, target;
   int64_t groups, channels, rows;  // channels summed and rows computed, of one group
-  int64_t source_size, target_size, source_step, target_step;  // of the columns
-  int64_t positions;                                           // j runs over [0, positions)
-  int64_t row_count;                                           // t runs over [0, row_count)
+  AxisPlan h, w;
+  int64_t positions;  // j runs over [0, positions)
   std::vector<Copy> copies;
   std::vector<ColumnTap> taps;      // phase after phase
   std::vector<ColumnPhase> phases;  // those that have taps, ascending
