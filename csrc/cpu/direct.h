@@ -43,51 +43,55 @@ struct RowSum {
 template <class T>
 using Broken = Vector<typename IntegerOf<sizeof(T)>::type>;
 
-// sums[i] (+)= sum over rows and taps of weight * packed[row][start[tap] + i], i < Vectors *
-// kLanes; in two levels, as everywhere (microkernel.h).
+template <class T>
+inline bool any_lane(const Broken<T>& lanes) {
+  const Vector<int64_t> words = reinterpret_cast<Vector<int64_t>>(lanes);
+  int64_t any = 0;
+  for (int i = 0; i < kLanes<int64_t>; ++i) any |= words[i];
+  return any != 0;
+}
+
+// sums[i] (+)= sum over rows and taps of weight * packed[row][start[tap] + i], i < Vectors * kLanes
 template <int Vectors, class T>
 inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumulate,
                             Broken<T>& broken) {
   constexpr int kN = kLanes<T>;
-  Vector<T> total[Vectors], partial[Vectors];
-  for (int v = 0; v < Vectors; ++v) {
-    total[v] = accumulate ? load_vector(sums + i + v * kN) : Vector<T>{};
-    partial[v] = Vector<T>{};
-  }
-  int64_t terms = 0;
+  Vector<T> sum[Vectors];
+  for (int v = 0; v < Vectors; ++v) sum[v] = Vector<T>{};
   for (const PackedRow<T>*row = r.packed, *const end = row + r.rows; row != end; ++row) {
     const T *packed = row->elements + i, *weights = r.weights + row->weights;
     for (int64_t tap = 0; tap < r.taps; ++tap) {
       const T weight = weights[tap];
       const T* source = packed + r.start[tap];
-      for (int v = 0; v < Vectors; ++v) partial[v] += weight * load_vector(source + v * kN);
-    }
-    terms += r.taps;
-    if (terms < kPartialSum) continue;
-    terms = 0;
-    for (int v = 0; v < Vectors; ++v) {
-      total[v] += partial[v];
-      partial[v] = Vector<T>{};
+      for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_vector(source + v * kN);
     }
   }
   for (int v = 0; v < Vectors; ++v) {
-    const Vector<T> sum = total[v] + partial[v];
-    broken |= sum != sum;
-    store_vector(sums + i + v * kN, sum);
+    if (accumulate) sum[v] += load_vector(sums + i + v * kN);
+    broken |= sum[v] != sum[v];
+    store_vector(sums + i + v * kN, sum[v]);
   }
 }
 
-// The same for whole vectors that cover `length` positions. Whether a sum became NaN.
+// The same for whole vectors that cover `length` positions, in two levels, as everywhere
+// (microkernel.h).
 template <class T>
-DECONV_PHASE bool sum_rows(const RowSum<T>& r, int64_t length, T* sums, bool accumulate) {
+DECONV_PHASE void sum_rows(RowSum<T> r, int64_t length, T* sums, bool accumulate,
+                           Broken<T>& all_broken) {
   constexpr int kN = kLanes<T>;
-  Broken<T> broken{};
-  int64_t i = 0;
-  for (; i + 3 * kN < length; i += 4 * kN) sum_row_vectors<4>(r, i, sums, accumulate, broken);
-  for (; i < length; i += kN) sum_row_vectors<1>(r, i, sums, accumulate, broken);
-  bool any = false;
-  for (int lane = 0; lane < kN; ++lane) any |= broken[lane] != 0;
-  return any;
+  Broken<T> broken = all_broken;
+  const int64_t all = r.rows;
+  const int64_t at_once = all * r.taps <= kPartialSum ? max_of<int64_t>(1, all)
+                                                      : max_of<int64_t>(1, kPartialSum / r.taps);
+  for (int64_t first = 0; first == 0 || first < all; first += at_once, r.packed += at_once) {
+    r.rows = min_of(at_once, all - first);
+    int64_t i = 0;
+    for (; i + 7 * kN < length; i += 8 * kN) sum_row_vectors<8>(r, i, sums, accumulate, broken);
+    for (; i + 3 * kN < length; i += 4 * kN) sum_row_vectors<4>(r, i, sums, accumulate, broken);
+    for (; i < length; i += kN) sum_row_vectors<1>(r, i, sums, accumulate, broken);
+    accumulate = true;
+  }
+  all_broken = broken;
 }
 
 template <class S>
@@ -157,16 +161,16 @@ struct Direct {
   bool add_rows(int64_t group, int64_t row, const PackedRow<T>* packed, int64_t count,
                 int64_t length, bool accumulate, const Scratch& s) const {
     const T* w = weights + (group * plan.rows + row) * plan.channels * p.h.kernel * taps;
-    bool broken = false;
+    Broken<T> broken{};
     in_phase(Phase::kProduct, [&] {
       for (int64_t i = 0; i < phases; ++i) {
         const RowPlan::ColumnPhase& phase = plan.phases[i];
         const RowSum<T> sum{packed, count, w + phase.first_tap,
                             plan.starts.data() + phase.first_tap, phase.taps};
-        broken |= sum_rows(sum, length, s.sums + i * sum_pitch(), accumulate);
+        sum_rows(sum, length, s.sums + i * sum_pitch(), accumulate, broken);
       }
     });
-    return broken;
+    return any_lane<T>(broken);
   }
 
   // Rows [t0, t1) of the target, all channels of one group.
@@ -197,7 +201,7 @@ struct Direct {
     for (const PhaseTap& tap : at) {
       const int64_t source = at.source(tap);
       if (source < 0) continue;
-      const int64_t slot = source % plan.slots;
+      const int64_t slot = plan.slot_of[source];
       for (int64_t c = 0; c < plan.channels; ++c) {
         const int64_t place = c * plan.slots + slot;
         T* packed = s.packed + place * row_elements;

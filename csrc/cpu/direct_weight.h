@@ -167,7 +167,6 @@ struct DirectWeight {
   const Problem& p = params.problem;
   int64_t group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
   int64_t taps = static_cast<int64_t>(plan.taps.size());
-  int64_t slots = plan.keep ? plan.slots : 1;
 
   struct Scratch {
     T* packed;         // [co][slot][copy][pitch], or a single row
@@ -190,7 +189,7 @@ struct DirectWeight {
     const int64_t piece = min_of(plan.piece, kPartialSum * kN),
                   x_pitch = round_up<int64_t>(piece, kN),
                   row_elements = static_cast<int64_t>(plan.copies.size()) * plan.pitch;
-    const int64_t kept_rows = plan.keep ? co_count * slots : 1;
+    const int64_t kept_rows = plan.keep ? co_count * plan.slots : 1;
     Scratch s;
     const auto carve = [&](void* memory) {
       Carver carver(memory);
@@ -220,7 +219,7 @@ struct DirectWeight {
             const int64_t oh = output_index(p.h, ih, kh);
             if (oh < 0) continue;
             if (listed == 0) first = (kh - t.row_begin) * taps;
-            const int64_t place = plan.keep ? co * slots + oh % slots : 0,
+            const int64_t place = plan.keep ? co * plan.slots + plan.slot_of[oh] : 0,
                           dy_line = (n * group_out + co0 + co) * p.h.out + oh;
             T* packed = s.packed + place * row_elements;
             if (s.kept[place] != dy_line)

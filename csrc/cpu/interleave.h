@@ -43,7 +43,8 @@ template <class S, class T>
 inline void interleave(S* to, int64_t start, int64_t step, int64_t size, const T* const* from,
                        int64_t width, int64_t at, int64_t count, T bias) {
   const int64_t head = start < 0 ? min_of(count, (-start + step - 1) / step) : 0;
-  const int64_t full = size - start - width >= 0 ? (size - start - width) / step + 1 : 0;
+  const int64_t room = size - start - width;  // without a division where all of it is inside
+  const int64_t full = room >= (count - 1) * step ? count : room >= 0 ? room / step + 1 : 0;
   const int64_t tail = max_of(head, min_of(count, full));
   const auto edge = [&](int64_t i) {
     for (int64_t p = 0; p < width; ++p) {

@@ -18,7 +18,8 @@ void plan_columns(RowPlan& plan) {
   std::vector<RowPlan::Copy> wanted;  // one a tap: its residue and its offset in steps
   for (const PhaseTap& tap : taps) {
     const int64_t base = floor_div(tap.offset, step);
-    wanted.push_back({tap.offset - base * step, base});
+    const int64_t residue = tap.offset - base * step;
+    wanted.push_back({residue, base, ceil_div(plan.w.source_size - residue, step)});
   }
   std::vector<RowPlan::Copy> sorted = wanted;
   const auto before = [](const RowPlan::Copy& a, const RowPlan::Copy& b) {
@@ -88,7 +89,11 @@ RowPlan plan_rows(Op op, const Params& params, int lanes) {
     return each * plan.pitch;
   };
   plan.keep = choose_piece(plan.channels * plan.slots) <= kMostPacked;
-  if (!plan.keep) choose_piece(1);
+  if (!plan.keep) {
+    plan.slots = 1;
+    choose_piece(1);
+  }
+  for (int64_t row = 0; row < plan.h.source_size; ++row) plan.slot_of.push_back(row % plan.slots);
   for (const RowPlan::ColumnTap& tap : plan.taps)
     plan.starts.push_back(tap.copy * plan.pitch + tap.shift);
   return plan;

@@ -52,9 +52,10 @@ struct AxisPosition {
 };
 
 struct RowPlan {
-  // copy[i] = source row[(j0 + base + i) * source_step + residue], j0 being the first position
+  // copy[i] = source row[(j0 + base + i) * source_step + residue], j0 being the first position;
+  // `size` elements of the row have this residue
   struct Copy {
-    int64_t residue, base;
+    int64_t residue, base, size;
   };
   struct ColumnTap {
     int64_t k, copy, shift;
@@ -73,10 +74,12 @@ struct RowPlan {
   std::vector<int64_t> starts;      // [taps] copy * pitch + shift: what the tap reads
   int64_t piece;                    // positions handled at a time
   int64_t pitch;                    // elements of a copy: a piece in whole vectors, and the shifts
-  // Whether packed rows are kept for the next rows of the target: s(t, kh) of a channel lies in its
-  // slot s % slots, without conflicts within one t. Too many to keep are packed one at a time.
+  // Whether packed rows are kept for the next rows of the target: s(t, kh) of a channel lies in
+  // slot s % slots of the channel, without conflicts within one t. Too many to keep are packed one
+  // at a time.
   bool keep;
   int64_t slots;
+  std::vector<int64_t> slot_of;  // [source rows] s % slots, or 0 if they are not kept
 };
 
 RowPlan plan_rows(Op op, const Params& params, int lanes);
