@@ -39,13 +39,12 @@ struct GatherGemm {
   Pixels pixel_pack;
   Store store;
 
-  // Segments in groups that are summed apart. A group ends at fixed places of K = (tap, channel),
-  // whatever is skipped: the result must not depend on the other pixels of the tile. Neighbouring
-  // taps whose weights and pixels both go on are one segment.
+  // Partial sums end at fixed places of K = (tap, channel), whatever is skipped: the result must
+  // not depend on the other pixels of the tile. Neighbouring taps whose weights and pixels both go
+  // on are one segment.
   struct SegmentList {
     Segment<T>* list;
-    int64_t* group_begin;
-    int64_t count, groups;
+    int64_t count;
   };
 
   // Where a tile of rows goes in the target, for pixels whose first element is at zero.
@@ -129,16 +128,10 @@ struct GatherGemm {
             to = targets[row_tile];
             to.c += place.target;
           }
-          const T* last_bias = to.bias;
-          for (int64_t part = 0; part < segments.groups; ++part) {
-            const int64_t first = segments.group_begin[part],
-                          count = segments.group_begin[part + 1] - first;
-            to.accumulate = accumulate || part > 0;
-            to.bias = part + 1 == segments.groups ? last_bias : nullptr;
-            if (count > 0 || !to.accumulate || to.bias)
-              tile.multiply(segments.list + first, count, in_place ? in_place_offsets : row_offsets,
-                            step_a, step_b(in_place), to);
-          }
+          to.accumulate = accumulate;
+          if (segments.count > 0 || !accumulate || to.bias)
+            tile.multiply(segments.list, segments.count, in_place ? in_place_offsets : row_offsets,
+                          step_a, step_b(in_place), to);
         }
     }
   }
@@ -162,9 +155,9 @@ struct GatherGemm {
                      SegmentList& segments) const {
     const int64_t pixel_step = plan.rows_across ? 1 : step_b(in_place),
                   flat_pixel = plan.flat_pixel(channels);
-    segments.count = segments.groups = 0;
-    for (int64_t k0 = 0; k0 == 0 || k0 < g.taps * channels; k0 += partial_sum) {
-      segments.group_begin[segments.groups++] = segments.count;
+    segments.count = 0;
+    for (int64_t k0 = 0; k0 < g.taps * channels; k0 += partial_sum) {
+      const int64_t before = segments.count;
       const int64_t k1 = min_of(k0 + partial_sum, g.taps * channels);
       int64_t last = -1;
       const T* next = nullptr;  // where the pixels of the last segment go on
@@ -182,14 +175,14 @@ struct GatherGemm {
           segments.list[segments.count - 1].length += end - begin;
         } else {
           segments.list[segments.count++] = plan.rows_across
-                                                ? Segment<T>{pixel, weight, end - begin}
-                                                : Segment<T>{weight, pixel, end - begin};
+                                                ? Segment<T>{pixel, weight, end - begin, false}
+                                                : Segment<T>{weight, pixel, end - begin, false};
         }
         next = pixel + (end - begin) * pixel_step;
         last = end;
       }
+      if (segments.count > before) segments.list[segments.count - 1].ends_part = true;
     }
-    segments.group_begin[segments.groups] = segments.count;
   }
 
   // Tasks: groups, blocks of pixels, chunks of rows.
@@ -230,10 +223,9 @@ struct GatherGemm {
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
       places = carver.take<TilePlace>(plan.block_tiles);
       for (PixelRun** list : {&runs, &packed, &stored}) *list = carver.take<PixelRun>(pixels);
-      // A tap spans at most one more group than its channels fill.
-      const int64_t groups = offsets * plan.channel_block / partial_sum + 2;
-      segments.list = carver.take<Segment<T>>(offsets + groups);
-      segments.group_begin = carver.take<int64_t>(groups);
+      // A tap spans at most one more partial sum than its channels fill.
+      segments.list =
+          carver.take<Segment<T>>(offsets + offsets * plan.channel_block / partial_sum + 2);
       row_offsets = carver.take<int64_t>(2 * tile.rows);
       targets = carver.take<TileTarget<T>>(plan.padded_rows / plan.row_width);
       return carver.used();

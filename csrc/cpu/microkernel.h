@@ -10,9 +10,9 @@
 // out what is known to be zero (a kernel element that reads outside the image) and stitch panels
 // together.
 //
-// Sums start at zero in every call and are added to C once. Callers pass at most kPartialSum steps
-// a call: adding short partial sums keeps the rounding error low. A tile's beginning and end cost
-// the same whatever its size, so the small tiles of 16 registers sum twice as many.
+// Sums start at zero in every call and are added to C once. Adding short partial sums keeps the
+// rounding error low: callers end one after at most kPartialSum steps, by marking a segment or by
+// ending the call, which costs more.
 //
 // Register budget: RM * RN sums + RN vectors of B + 1 broadcast <= the ISA's registers.
 #pragma once
@@ -23,13 +23,14 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-constexpr int64_t kPartialSum = kRegisters >= 32 ? 128 : 256;
+constexpr int64_t kPartialSum = 128;
 
 template <class T>
 struct Segment {
   const T* a;
   const T* b;
   int64_t length;
+  bool ends_part;  // whether a partial sum ends here
 };
 
 // C: a panel of sums, or the place of the result itself.
@@ -47,7 +48,8 @@ void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row
                    int64_t step_b, const TileTarget<T>& to) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
-  Vector<T> sum[RM][RN];
+  Vector<T> sum[RM][RN], parts[RM][RN];  // parts: those that have ended, in memory
+  bool any_parts = false;
   for (int m = 0; m < RM; ++m)
     for (int n = 0; n < RN; ++n) sum[m][n] = Vector<T>{};
 
@@ -64,7 +66,18 @@ void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row
         for (int n = 0; n < RN; ++n) sum[m][n] += va * vb[n];
       }
     }
+    if (segments[s].ends_part && s + 1 < count) {
+      for (int m = 0; m < RM; ++m)
+        for (int n = 0; n < RN; ++n) {
+          parts[m][n] = any_parts ? parts[m][n] + sum[m][n] : sum[m][n];
+          sum[m][n] = Vector<T>{};
+        }
+      any_parts = true;
+    }
   }
+  if (any_parts)
+    for (int m = 0; m < RM; ++m)
+      for (int n = 0; n < RN; ++n) sum[m][n] += parts[m][n];
   // Apart from the full tile without a bias, so that its stores are not interrupted by questions.
   T* c = to.c;
   const int64_t pitch = to.pitch;

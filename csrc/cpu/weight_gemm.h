@@ -259,7 +259,7 @@ struct WeightGemm {
             for (int64_t l = 0; l < strips[s].lines; ++l, x += length * width)
               segments[count_lines++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) *
                                                        patch_w.extent * element,
-                                         x, length};
+                                         x, length, false};
           const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);
           in_phase(Phase::kProduct, [&] {
             for (int64_t l = 0; l < count_lines; l += at_once)
