@@ -61,19 +61,6 @@ struct AmxSession {
   AmxSession& operator=(const AmxSession&) = delete;
 };
 
-// f(0), ..., f(Count - 1), where the numbers are constants.
-template <int N>
-struct Number {
-  constexpr operator int() const { return N; }
-};
-template <int Count, class F>
-DECONV_INLINE void unroll(const F& f) {
-  if constexpr (Count > 0) {
-    unroll<Count - 1>(f);
-    f(Number<Count - 1>{});
-  }
-}
-
 // 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter
 // side, and in turns what is left for the longer one.
 template <int RM, int RN>

@@ -48,59 +48,54 @@ void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row
                    int64_t step_b, const TileTarget<T>& to) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
-  Vector<T> sum[RM][RN], parts[RM][RN];  // parts: those that have ended, in memory
+  Vector<T> sum[RM * RN];
+  T parts[RM * RN * kN];  // the sum of those that have ended
   bool any_parts = false;
-  for (int m = 0; m < RM; ++m)
-    for (int n = 0; n < RN; ++n) sum[m][n] = Vector<T>{};
+  unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] = Vector<T>{}; });
 
   // One base pointer and RM distances, which stay in general registers.
   int64_t offset[RM];
-  for (int m = 0; m < RM; ++m) offset[m] = row[m];
+  unroll<RM>([&](auto m) DECONV_INLINED { offset[m] = row[m]; });
   for (int64_t s = 0; s < count; ++s) {
     const T *a = segments[s].a, *b = segments[s].b;
     for (const T* const end = b + segments[s].length * step_b; b != end; b += step_b, a += step_a) {
       Vector<T> vb[RN];
-      for (int n = 0; n < RN; ++n) vb[n] = load_vector(b + n * kN);
-      for (int m = 0; m < RM; ++m) {
+      unroll<RN>([&](auto n) DECONV_INLINED { vb[n] = load_vector(b + n * kN); });
+      unroll<RM>([&](auto m) DECONV_INLINED {
         const T va = a[offset[m]];
-        for (int n = 0; n < RN; ++n) sum[m][n] += va * vb[n];
-      }
+        unroll<RN>([&](auto n) DECONV_INLINED { sum[m * RN + n] += va * vb[n]; });
+      });
     }
     if (segments[s].ends_part && s + 1 < count) {
-      for (int m = 0; m < RM; ++m)
-        for (int n = 0; n < RN; ++n) {
-          parts[m][n] = any_parts ? parts[m][n] + sum[m][n] : sum[m][n];
-          sum[m][n] = Vector<T>{};
-        }
+      unroll<RM * RN>([&](auto i) DECONV_INLINED {
+        if (any_parts) sum[i] += load_vector(parts + i * kN);
+        store_vector(parts + i * kN, sum[i]);
+        sum[i] = Vector<T>{};
+      });
       any_parts = true;
     }
   }
   if (any_parts)
-    for (int m = 0; m < RM; ++m)
-      for (int n = 0; n < RN; ++n) sum[m][n] += parts[m][n];
+    unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] += load_vector(parts + i * kN); });
+
   // Apart from the full tile without a bias, so that its stores are not interrupted by questions.
   T* c = to.c;
-  const int64_t pitch = to.pitch;
-  if (to.rows == RM && !to.bias) {
-    if (to.accumulate)
-      for (int m = 0; m < RM; ++m)
-        for (int n = 0; n < RN; ++n) sum[m][n] += load_vector(c + m * pitch + n * kN);
-    for (int m = 0; m < RM; ++m)
-      for (int n = 0; n < RN; ++n) store_vector(c + m * pitch + n * kN, sum[m][n]);
-    return;
-  }
-  const int64_t rows = to.rows;
+  const int64_t pitch = to.pitch, rows = to.rows;
   const T* bias = to.bias;
   const bool accumulate = to.accumulate;
-  for (int m = 0; m < RM; ++m) {
-    if (m >= rows) break;
-    for (int n = 0; n < RN; ++n) {
-      T* target = c + m * pitch + n * kN;
-      if (accumulate) sum[m][n] += load_vector(target);
-      if (bias) sum[m][n] += load_vector(bias + n * kN);
-      store_vector(target, sum[m][n]);
-    }
+  const auto place = [&](int i) { return c + i / RN * pitch + i % RN * kN; };
+  if (rows == RM && !bias) {
+    if (accumulate)
+      unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] += load_vector(place(i)); });
+    unroll<RM * RN>([&](auto i) DECONV_INLINED { store_vector(place(i), sum[i]); });
+    return;
   }
+  unroll<RM * RN>([&](auto i) DECONV_INLINED {
+    if (i / RN >= rows) return;
+    if (accumulate) sum[i] += load_vector(place(i));
+    if (bias) sum[i] += load_vector(bias + i % RN * kN);
+    store_vector(place(i), sum[i]);
+  });
 }
 
 // The tiles that exist, as data: planning chooses by these numbers, drivers call by index.

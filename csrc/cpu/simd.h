@@ -25,6 +25,21 @@ constexpr int kRegisters = DECONV_VECTOR_REGISTERS;
 // What takes vectors in memory, which inlining keeps in registers.
 #define DECONV_INLINE inline __attribute__((always_inline))
 
+// f(0), ..., f(Count - 1), where the numbers are constants: arrays that they index stay in
+// registers. f is to be inlined (DECONV_INLINED behind its parameters).
+template <int N>
+struct Number {
+  constexpr operator int() const { return N; }
+};
+#define DECONV_INLINED __attribute__((always_inline))
+template <int Count, class F>
+DECONV_INLINE void unroll(const F& f) {
+  if constexpr (Count > 0) {
+    unroll<Count - 1>(f);
+    f(Number<Count - 1>{});
+  }
+}
+
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
