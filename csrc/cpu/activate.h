@@ -79,11 +79,6 @@ struct ActivationConstants<double> {
 template <class T>
 using Bits = Vector<typename IntegerOf<sizeof(T)>::type>;
 
-template <class T>
-inline Vector<T> broadcast(T v) {
-  return Vector<T>{} + v;
-}
-
 // The coefficients begin with that of the highest power. Pairs first: what waits for the result
 // waits for half as many steps as in Horner's scheme.
 template <class T, int kCount>

@@ -39,7 +39,7 @@ struct WeightTasks {
   WeightTasks(const Problem& p, int64_t unit_count, int64_t row_sums, int64_t most_rows)
       : units(unit_count),
         kernel_h(p.h.kernel),
-        rows(max_of<int64_t>(1, min_of(most_rows, kSums / row_sums))),
+        rows(max_of<int64_t>(1, min_of(most_rows, kSums / max_of<int64_t>(1, row_sums)))),
         blocks((kernel_h + rows - 1) / rows),
         lines(p.batch * p.h.in),
         elements(p.c_in * (p.c_out / p.groups) * p.h.kernel * p.w.kernel) {

@@ -268,7 +268,12 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         pack = offsets * (plan.source.stride[1] == 1
                               ? crossing * (kRun + channels * kVectorCopied / lanes)
                               : channels * element);
-        store = outputs * (plan.target.stride[by_phase ? 1 : 3] == 1
+        // Whole tiles of rows are written where the result lies.
+        const bool in_place = plan.target_as_is && by_phase && plan.target.stride[1] == 1 &&
+                              plan.rows % row_width == 0 &&
+                              plan.params.activation == Activation::kNone;
+        store = outputs * (in_place ? kVectorStored / lanes
+                           : plan.target.stride[by_phase ? 1 : 3] == 1
                                ? kRun / contiguous + kVectorStored / lanes
                            : by_phase && plan.target.stride[3] == 1 ? kTransposed
                                                                     : stored_element);

@@ -104,7 +104,7 @@ void multiply_amx_tile(const Segment<float>* segments, int64_t count, const int6
 
 template <int RM, int RN>
 constexpr Tile<float> make_amx_tile() {
-  return {RM * static_cast<int>(kAmxSide), RN, multiply_amx_tile<RM, RN>};
+  return {RM * static_cast<int>(kAmxSide), RN, multiply_amx_tile<RM, RN>, nullptr};
 }
 
 // A multiplication takes 16 cycles for 16 pairs, a load 8.

@@ -18,6 +18,7 @@
 
 #include "../parallel.h"
 #include "gather_pixels.h"
+#include "gather_short.h"
 #include "gather_store.h"
 #include "gather_weights.h"
 #include "microkernel.h"
@@ -98,41 +99,69 @@ struct GatherGemm {
         for (int64_t i = 0; i < row_tiles; ++i)
           targets[i] =
               in_target(g, group, chunk, rows, i * plan.row_width, last_block ? bias : nullptr);
+      const auto multiply_one = [&](int64_t t, int64_t row_tile) {
+        const int64_t row = row_tile * plan.row_width;
+        const T* w = packed + channels * (g.first_weight + row * g.taps);
+        const TilePlace& place = places[t];
+        const bool in_place = place.source >= 0;
+        const T* x = in_place ? source + place.source : panel + t * panel_pitch;
+        if (base && place.whole && base_in_place == in_place) {
+          const int64_t shift_x = x - base, shift_w = w - base_w;
+          for (int64_t s = 0; s < segments.count; ++s) {
+            segments.list[s].a += plan.rows_across ? shift_x : shift_w;
+            segments.list[s].b += plan.rows_across ? shift_w : shift_x;
+          }
+          base = x;
+        } else {
+          list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets, segments);
+          base = place.whole ? x : nullptr;
+          base_in_place = in_place;
+        }
+        base_w = w;
+        TileTarget<T> to{sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
+                         plan.sum_pitch(), tile.rows, false, nullptr};
+        if (place.target >= 0) {
+          to = targets[row_tile];
+          to.c += place.target;
+        }
+        to.accumulate = accumulate;
+        if (segments.count > 0 || !accumulate || to.bias)
+          tile.multiply(segments.list, segments.count, in_place ? in_place_offsets : row_offsets,
+                        step_a, step_b(in_place), to);
+      };
+      const int64_t steps = g.taps * channels;
+      if (plan.rows_across && plan.target_in_place && last_block && !accumulate && steps > 0 &&
+          steps <= kMostShortSteps && tile.multiply_short) {
+        for (int64_t t = 0, next; t < tiles; t = next) {
+          const bool in_place = places[t].source >= 0;
+          const auto is_short = [&](int64_t i) {
+            return places[i].whole && places[i].target >= 0 && in_place == (places[i].source >= 0);
+          };
+          next = t + 1;
+          if (!is_short(t)) {
+            for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) multiply_one(t, row_tile);
+            continue;
+          }
+          while (next < tiles && is_short(next)) ++next;
+          const T *w = packed + channels * g.first_weight,
+                  *x = in_place ? source + places[t].source : panel + t * panel_pitch;
+          list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets, segments);
+          int64_t at[kMostShortSteps], count = 0;
+          for (int64_t s = 0; s < segments.count; ++s)
+            for (int64_t i = 0; i < segments.list[s].length; ++i)
+              at[count++] = segments.list[s].a + i - x;
+          base = nullptr;
+          tile.multiply_short(steps,
+                              {w, targets, row_tiles, in_place ? source : x, places + t, next - t,
+                               panel_pitch, in_place ? in_place_offsets : row_offsets, at});
+        }
+        continue;
+      }
       const int64_t inner = plan.pixels_stay ? row_tiles : tiles,
                     outer = plan.pixels_stay ? tiles : row_tiles;
       for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < inner; ++i) {
-          const int64_t t = plan.pixels_stay ? o : i, row_tile = plan.pixels_stay ? i : o,
-                        row = row_tile * plan.row_width;
-          const T* w = packed + channels * (g.first_weight + row * g.taps);
-          const TilePlace& place = places[t];
-          const bool in_place = place.source >= 0;
-          const T* x = in_place ? source + place.source : panel + t * panel_pitch;
-          if (base && place.whole && base_in_place == in_place) {
-            const int64_t shift_x = x - base, shift_w = w - base_w;
-            for (int64_t s = 0; s < segments.count; ++s) {
-              segments.list[s].a += plan.rows_across ? shift_x : shift_w;
-              segments.list[s].b += plan.rows_across ? shift_w : shift_x;
-            }
-            base = x;
-          } else {
-            list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets,
-                          segments);
-            base = place.whole ? x : nullptr;
-            base_in_place = in_place;
-          }
-          base_w = w;
-          TileTarget<T> to{sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
-                           plan.sum_pitch(), tile.rows, false, nullptr};
-          if (place.target >= 0) {
-            to = targets[row_tile];
-            to.c += place.target;
-          }
-          to.accumulate = accumulate;
-          if (segments.count > 0 || !accumulate || to.bias)
-            tile.multiply(segments.list, segments.count, in_place ? in_place_offsets : row_offsets,
-                          step_a, step_b(in_place), to);
-        }
+        for (int64_t i = 0; i < inner; ++i)
+          multiply_one(plan.pixels_stay ? o : i, plan.pixels_stay ? i : o);
     }
   }
 

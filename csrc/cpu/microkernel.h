@@ -98,17 +98,24 @@ void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row
   });
 }
 
+// Sums of few terms over many tiles, rows on the vector side (gather_short.h).
+template <class T>
+struct ShortProduct;
+template <class T, int RN>
+void multiply_short_by(int64_t steps, const ShortProduct<T>& product);
+
 // The tiles that exist, as data: planning chooses by these numbers, drivers call by index.
 template <class T>
 struct Tile {
   int rows, vectors;  // RM, RN
   void (*multiply)(const Segment<T>*, int64_t, const int64_t*, int64_t, int64_t,
                    const TileTarget<T>&);
+  void (*multiply_short)(int64_t steps, const ShortProduct<T>&);  // or null
 };
 
 template <class T, int RM, int RN>
 constexpr Tile<T> make_tile() {
-  return {RM, RN, multiply_tile<T, RM, RN>};
+  return {RM, RN, multiply_tile<T, RM, RN>, multiply_short_by<T, RN>};
 }
 
 // 32 registers: 8x3 and 6x4 use 24 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step

@@ -69,6 +69,11 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 
 template <class T>
+inline Vector<T> broadcast(T v) {
+  return Vector<T>{} + v;
+}
+
+template <class T>
 inline Vector<T> load_vector(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
 }
