@@ -221,7 +221,8 @@ def relayout(tensor: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return tensor.contiguous()
     if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
+        # Not contiguous(), which leaves a single channel as it is: ambiguous.
+        return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
     if layout == "transposed":
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "sliced":

@@ -86,6 +86,14 @@ FEW = [
     make_case("dilated", (2, 3, 30, 41), 24, 3, 1, 2, dilation=2),
     make_case("few of y", (3, 70, 20, 30), 2, 3, 1, 1),
     make_case("wide", (2, 40, 9, 600), 1, 5, 1, 2),
+    # Sums of one to four terms: of dy, at edges, of x with a bias, of groups.
+    make_case("one term", (2, 64, 21, 37), 1, 1, 1),
+    make_case("two terms", (2, 48, 21, 37), 1, (1, 2), (1, 2)),
+    make_case("three terms", (2, 32, 21, 37), 3, 1, 2, output_padding=1),
+    make_case("four terms", (3, 64, 40, 50), 1, 2, 2),
+    make_case("four overlapping terms", (3, 32, 40, 50), 1, 2, 1, 1),
+    make_case("four of x", (2, 4, 31, 29), 48, 1, 1),
+    make_case("four of each group", (2, 96, 19, 23), 2, 2, 2, groups=2),
 ]
 
 
