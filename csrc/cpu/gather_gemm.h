@@ -132,27 +132,24 @@ struct GatherGemm {
       const int64_t steps = g.taps * channels;
       if (plan.rows_across && plan.target_in_place && last_block && !accumulate && steps > 0 &&
           steps <= kMostShortSteps && tile.multiply_short) {
-        for (int64_t t = 0, next; t < tiles; t = next) {
-          const bool in_place = places[t].source >= 0;
-          const auto is_short = [&](int64_t i) {
-            return places[i].whole && places[i].target >= 0 && in_place == (places[i].source >= 0);
-          };
-          next = t + 1;
-          if (!is_short(t)) {
+        for (int64_t t = 0, end; t < tiles; t = end) {
+          end = end_of_alike(places, t, tiles);
+          if (end == t) {  // at an edge
             for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) multiply_one(t, row_tile);
+            ++end;
             continue;
           }
-          while (next < tiles && is_short(next)) ++next;
+          const bool in_place = places[t].source >= 0;
           const T *w = packed + channels * g.first_weight,
                   *x = in_place ? source + places[t].source : panel + t * panel_pitch;
           list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets, segments);
+          base = nullptr;
           int64_t at[kMostShortSteps], count = 0;
           for (int64_t s = 0; s < segments.count; ++s)
             for (int64_t i = 0; i < segments.list[s].length; ++i)
               at[count++] = segments.list[s].a + i - x;
-          base = nullptr;
           tile.multiply_short(steps,
-                              {w, targets, row_tiles, in_place ? source : x, places + t, next - t,
+                              {w, targets, row_tiles, in_place ? source : x, places + t, end - t,
                                panel_pitch, in_place ? in_place_offsets : row_offsets, at});
         }
         continue;
@@ -171,6 +168,16 @@ struct GatherGemm {
            : in_place       ? plan.source.stride[1]
            : plan.flat      ? plan.flat_channel
                             : plan.pixel_width;
+  }
+
+  // The end of the tiles from t on that are whole, written in place, and read alike: t if that one
+  // is not.
+  static int64_t end_of_alike(const TilePlace* places, int64_t t, int64_t tiles) {
+    const bool in_place = places[t].source >= 0;
+    while (t < tiles && places[t].whole && places[t].target >= 0 &&
+           (places[t].source >= 0) == in_place)
+      ++t;
+    return t;
   }
 
   static bool complete(const bool* present, int64_t offsets) {
