@@ -86,6 +86,9 @@ FEW = [
     make_case("dilated", (2, 3, 30, 41), 24, 3, 1, 2, dilation=2),
     make_case("few of y", (3, 70, 20, 30), 2, 3, 1, 1),
     make_case("wide", (2, 40, 9, 600), 1, 5, 1, 2),
+    # Taps of one residue so far apart that each has a copy of the rows, as many as residues.
+    make_case("two far", (2, 2, 9, 150), 2, (1, 2), (1, 2), dilation=(1, 200)),
+    make_case("four far", (1, 2, 3, 400), 3, (2, 4), (1, 4), 0, (0, 1), (3, 300)),
     # Sums of one to four terms: of dy, at edges, of x with a bias, of groups.
     make_case("one term", (2, 64, 21, 37), 1, 1, 1),
     make_case("two terms", (2, 48, 21, 37), 1, (1, 2), (1, 2)),

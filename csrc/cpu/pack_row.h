@@ -20,7 +20,7 @@ inline CopyRange copy_range(const RowPlan& plan, const RowPlan::Copy& copy, int6
 }
 
 // Where every residue has its copy: the vectors of the row that all of them take whole, read once.
-// Elements [lo, hi) of each residue are done.
+// Returns which elements of each residue are done.
 template <int Step, class S, class T>
 inline Range split_row(const RowPlan& plan, const S* source, int64_t j0, T* to) {
   constexpr int64_t kN = kLanes<T>;
@@ -39,7 +39,7 @@ inline Range split_row(const RowPlan& plan, const S* source, int64_t j0, T* to) 
     split_residues<T, Step>(v);
     for (int r = 0; r < Step; ++r) store_vector(at[r] + i, v[r]);
   }
-  return {inside.begin, max_of(i, inside.begin)};
+  return {inside.begin, i};
 }
 
 // All copies of one row, for positions from j0 on; zeros stand where the row ends.
@@ -49,7 +49,7 @@ DECONV_PHASE void pack_row(const RowPlan& plan, int64_t n, int64_t channel, int6
   const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
   const int64_t step = plan.w.source_step, pitch = plan.source.stride[3];
   Range split{0, 0};
-  if (pitch == 1 && static_cast<int64_t>(plan.copies.size()) == step)
+  if (pitch == 1 && plan.all_residues)
     split = step == 2   ? split_row<2>(plan, source, j0, to)
             : step == 4 ? split_row<4>(plan, source, j0, to)
                         : split;

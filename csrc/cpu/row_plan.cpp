@@ -30,6 +30,9 @@ void plan_columns(RowPlan& plan) {
     if (plan.copies.empty() || plan.copies.back().residue != c.residue ||
         c.base - plan.copies.back().base > kMostShift)
       plan.copies.push_back(c);
+  plan.all_residues = static_cast<int64_t>(plan.copies.size()) == step;
+  for (size_t r = 0; r < plan.copies.size(); ++r)
+    plan.all_residues &= plan.copies[r].residue == static_cast<int64_t>(r);
   for (size_t i = 0; i < taps.size(); ++i) {
     const auto next = std::upper_bound(plan.copies.begin(), plan.copies.end(), wanted[i], before);
     const int64_t copy = next - plan.copies.begin() - 1;

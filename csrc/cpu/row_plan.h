@@ -24,8 +24,6 @@ struct AxisPlan {
   int64_t source_size, target_size, source_step, target_step;
   std::vector<PhaseTap> taps;      // phase after phase
   std::vector<int64_t> first_tap;  // [phases + 1]
-
-  int64_t phases() const { return static_cast<int64_t>(first_tap.size()) - 1; }
 };
 
 AxisPlan plan_axis(Op op, const Axis& axis);
@@ -69,6 +67,7 @@ struct RowPlan {
   AxisPlan h, w;
   int64_t positions;  // j runs over [0, positions)
   std::vector<Copy> copies;
+  bool all_residues;                // whether copy r is the only one of residue r, for each r
   std::vector<ColumnTap> taps;      // phase after phase
   std::vector<ColumnPhase> phases;  // those that have taps, ascending
   std::vector<int64_t> starts;      // [taps] copy * pitch + shift: what the tap reads
