@@ -64,47 +64,53 @@ struct AmxSession {
 // 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter
 // side, and in turns what is left for the longer one.
 template <int RM, int RN>
-void multiply_amx_tile(const Segment<float>* segments, int64_t count, const int64_t* row,
-                       int64_t step_a, int64_t step_b, const TileTarget<float>& to) {
+void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task, int64_t tasks) {
   constexpr bool kHoldA = RM <= RN;
   constexpr int kHeld = RM * RN, kTurns = kHeld + (kHoldA ? RM : RN), kLeft = 8 - kTurns;
   static_assert(kLeft >= 1, "the tile must stay in registers");
-  const int64_t pitch_a = row[1] - row[0];
-  unroll<RM * RN>([&](auto i) {
-    if (to.accumulate) {
-      load_amx<i>(to.c + i / RN * kAmxSide * to.pitch + i % RN * kAmxSide, to.pitch);
-    } else {
-      clear_amx<i>();
-    }
-  });
-  for (int64_t s = 0; s < count; ++s) {
-    const float *a = segments[s].a + row[0], *b = segments[s].b;
-    for (int64_t k = segments[s].length; k > 0; k -= kAmxSide) {
-      if constexpr (kHoldA) {
-        unroll<RM>([&](auto m) { load_amx<kHeld + m>(a + m * kAmxSide * pitch_a, pitch_a); });
-        unroll<RN>([&](auto n) {
-          load_amx<kTurns + n % kLeft>(b + n * kAmxSide, step_b);
-          unroll<RM>([&](auto m) { multiply_amx<m * RN + n, kHeld + m, kTurns + n % kLeft>(); });
-        });
+  const int64_t step_b = segments.step_b;
+  for (const TileTask<float>* const last = task + tasks; task != last; ++task) {
+    const TileTarget<float>& to = task->to;
+    const int64_t pitch_a = task->row[1] - task->row[0];
+    const auto place = [&](int i) {
+      return to.c + i / RN * kAmxSide * to.pitch + i % RN * kAmxSide;
+    };
+    unroll<RM * RN>([&](auto i) {
+      if (to.accumulate) {
+        load_amx<i>(place(i), to.pitch);
       } else {
-        unroll<RN>([&](auto n) { load_amx<kHeld + n>(b + n * kAmxSide, step_b); });
-        unroll<RM>([&](auto m) {
-          load_amx<kTurns + m % kLeft>(a + m * kAmxSide * pitch_a, pitch_a);
-          unroll<RN>([&](auto n) { multiply_amx<m * RN + n, kTurns + m % kLeft, kHeld + n>(); });
-        });
+        clear_amx<i>();
       }
-      a += kAmxSide * step_a;
-      b += kAmxSide * step_b;
+    });
+    for (int64_t s = 0; s < segments.count; ++s) {
+      const Segment& segment = segments.list[s];
+      const float *a = task->a + segment.a + task->row[0], *b = task->b + segment.b;
+      for (int64_t k = segment.length; k > 0; k -= kAmxSide) {
+        if constexpr (kHoldA) {
+          unroll<RM>([&](auto m) { load_amx<kHeld + m>(a + m * kAmxSide * pitch_a, pitch_a); });
+          unroll<RN>([&](auto n) {
+            load_amx<kTurns + n % kLeft>(b + n * kAmxSide, step_b);
+            unroll<RM>([&](auto m) { multiply_amx<m * RN + n, kHeld + m, kTurns + n % kLeft>(); });
+          });
+        } else {
+          unroll<RN>([&](auto n) { load_amx<kHeld + n>(b + n * kAmxSide, step_b); });
+          unroll<RM>([&](auto m) {
+            load_amx<kTurns + m % kLeft>(a + m * kAmxSide * pitch_a, pitch_a);
+            unroll<RN>([&](auto n) { multiply_amx<m * RN + n, kTurns + m % kLeft, kHeld + n>(); });
+          });
+        }
+        a += kAmxSide * segments.step_a;
+        b += kAmxSide * step_b;
+      }
     }
+    unroll<RM * RN>([&](auto i) { store_amx<i>(place(i), to.pitch); });
   }
-  unroll<RM * RN>([&](auto i) {
-    store_amx<i>(to.c + i / RN * kAmxSide * to.pitch + i % RN * kAmxSide, to.pitch);
-  });
 }
 
 template <int RM, int RN>
 constexpr Tile<float> make_amx_tile() {
-  return {RM * static_cast<int>(kAmxSide), RN, multiply_amx_tile<RM, RN>, nullptr};
+  return {RM * static_cast<int>(kAmxSide), RN, multiply_amx_tiles<RM, RN>, multiply_amx_tiles<RM, RN>,
+          nullptr, nullptr};
 }
 
 // A multiplication takes 16 cycles for 16 pairs, a load 8.

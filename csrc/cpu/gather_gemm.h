@@ -5,7 +5,7 @@
 //     for each block of channels and offsets:
 //       pack the pixels
 //       for each class, tile of rows, tile of pixels:
-//         multiply_tile over the class's taps; taps that no pixel of the tile has are skipped
+//         multiply_tiles over the class's taps; taps that no pixel of the tile has are skipped
 //     add the bias, apply the activation, put the phases back into their places, round, store
 //
 //   packed weights  [group][chunk][block of channels][class][tile of rows][tap][channel][row_width]
@@ -40,13 +40,8 @@ struct GatherGemm {
   Pixels pixel_pack;
   Store store;
 
-  // Partial sums end at fixed places of K = (tap, channel), whatever is skipped: the result must
-  // not depend on the other pixels of the tile. Neighbouring taps whose weights and pixels both go
-  // on are one segment.
-  struct SegmentList {
-    Segment<T>* list;
-    int64_t count;
-  };
+  // Tiles multiplied in one call.
+  static constexpr int64_t kTilesAtOnce = 16;
 
   // Where a tile of rows goes in the target, for pixels whose first element is at zero.
   TileTarget<T> in_target(const GatherClass& g, int64_t group, int64_t chunk, int64_t rows,
@@ -74,9 +69,10 @@ struct GatherGemm {
                       (group * plan.channels + c0) * plan.source.stride[1];
     const bool last_block = c0 + channels == plan.channels && u0 + offsets == plan.offsets();
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
-    const int64_t step_a = plan.rows_across ? 1 : plan.row_width;
     const int64_t panel_pitch = plan.flat ? plan.pixel_width * plan.flat_position(channels)
                                           : plan.tile_pitch(channels, offsets, sizeof(T));
+    const MultiplyTiles<T> multiply_tiles =
+        plan.rows_across ? tile.contiguous_a : tile.panel_a;
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
       row_offsets[m] = !plan.rows_across ? plan.weight_at(m, 0)
@@ -92,32 +88,33 @@ struct GatherGemm {
       if (first_tap >= u0 + offsets) continue;
       const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
       const int64_t row_tiles = (class_rows + plan.row_width - 1) / plan.row_width;
-      // For which pixels and weights the segments were listed, while other tiles may share them.
-      const T *base = nullptr, *base_w = nullptr;
-      bool base_in_place = false;
       if (plan.target_in_place)
         for (int64_t i = 0; i < row_tiles; ++i)
           targets[i] =
               in_target(g, group, chunk, rows, i * plan.row_width, last_block ? bias : nullptr);
+      const T* weights = packed + channels * g.first_weight;
+      const auto is_in_place = [&](int64_t t) { return places[t].source >= 0; };
+      const auto pixels_of = [&](int64_t t) {
+        return is_in_place(t) ? source + places[t].source : panel + t * panel_pitch;
+      };
+      // Tiles wait until there are many, or one has other segments.
+      TileTask<T> waiting[kTilesAtOnce];
+      int64_t waiting_count = 0, listed = -1;  // for which tile of pixels the segments are
+      const auto multiply_waiting = [&] {
+        if (waiting_count > 0) multiply_tiles(segments, waiting, waiting_count);
+        waiting_count = 0;
+      };
+      const auto list = [&](int64_t t) {
+        multiply_waiting();
+        list_segments(g, is_in_place(t), channels, u0, offsets, present + t * offsets, segments);
+        listed = t;
+      };
       const auto multiply_one = [&](int64_t t, int64_t row_tile) {
-        const int64_t row = row_tile * plan.row_width;
-        const T* w = packed + channels * (g.first_weight + row * g.taps);
         const TilePlace& place = places[t];
-        const bool in_place = place.source >= 0;
-        const T* x = in_place ? source + place.source : panel + t * panel_pitch;
-        if (base && place.whole && base_in_place == in_place) {
-          const int64_t shift_x = x - base, shift_w = w - base_w;
-          for (int64_t s = 0; s < segments.count; ++s) {
-            segments.list[s].a += plan.rows_across ? shift_x : shift_w;
-            segments.list[s].b += plan.rows_across ? shift_w : shift_x;
-          }
-          base = x;
-        } else {
-          list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets, segments);
-          base = place.whole ? x : nullptr;
-          base_in_place = in_place;
-        }
-        base_w = w;
+        if (listed != t && (listed < 0 || !place.whole || !places[listed].whole ||
+                            is_in_place(t) != is_in_place(listed)))
+          list(t);
+        const int64_t row = row_tile * plan.row_width;
         TileTarget<T> to{sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
                          plan.sum_pitch(), tile.rows, false, nullptr};
         if (place.target >= 0) {
@@ -125,9 +122,11 @@ struct GatherGemm {
           to.c += place.target;
         }
         to.accumulate = accumulate;
-        if (segments.count > 0 || !accumulate || to.bias)
-          tile.multiply(segments.list, segments.count, in_place ? in_place_offsets : row_offsets,
-                        step_a, step_b(in_place), to);
+        if (segments.count == 0 && accumulate && !to.bias) return;
+        const T *w = weights + channels * row * g.taps, *x = pixels_of(t);
+        waiting[waiting_count++] = {plan.rows_across ? x : w, plan.rows_across ? w : x,
+                                    is_in_place(t) ? in_place_offsets : row_offsets, to};
+        if (waiting_count == kTilesAtOnce) multiply_waiting();
       };
       const int64_t steps = g.taps * channels;
       if (plan.rows_across && plan.target_in_place && last_block && !accumulate && steps > 0 &&
@@ -139,19 +138,17 @@ struct GatherGemm {
             ++end;
             continue;
           }
-          const bool in_place = places[t].source >= 0;
-          const T *w = packed + channels * g.first_weight,
-                  *x = in_place ? source + places[t].source : panel + t * panel_pitch;
-          list_segments(g, w, x, in_place, channels, u0, offsets, present + t * offsets, segments);
-          base = nullptr;
+          list(t);
           int64_t at[kMostShortSteps], count = 0;
           for (int64_t s = 0; s < segments.count; ++s)
             for (int64_t i = 0; i < segments.list[s].length; ++i)
-              at[count++] = segments.list[s].a + i - x;
-          tile.multiply_short(steps,
-                              {w, targets, row_tiles, in_place ? source : x, places + t, end - t,
-                               panel_pitch, in_place ? in_place_offsets : row_offsets, at});
+              at[count++] = segments.list[s].a + i;
+          tile.multiply_short(
+              steps, {weights, targets, row_tiles, is_in_place(t) ? source : pixels_of(t),
+                      places + t, end - t, panel_pitch,
+                      is_in_place(t) ? in_place_offsets : row_offsets, at});
         }
+        multiply_waiting();
         continue;
       }
       const int64_t inner = plan.pixels_stay ? row_tiles : tiles,
@@ -159,6 +156,7 @@ struct GatherGemm {
       for (int64_t o = 0; o < outer; ++o)
         for (int64_t i = 0; i < inner; ++i)
           multiply_one(plan.pixels_stay ? o : i, plan.pixels_stay ? i : o);
+      multiply_waiting();
     }
   }
 
@@ -186,33 +184,35 @@ struct GatherGemm {
     return all;
   }
 
-  void list_segments(const GatherClass& g, const T* w, const T* x, bool in_place, int64_t channels,
-                     int64_t u0, int64_t offsets, const bool* present,
-                     SegmentList& segments) const {
+  // Partial sums end at fixed places of K = (tap, channel), whatever is skipped: the result must
+  // not depend on the other pixels of the tile. Neighbouring taps whose weights and pixels both go
+  // on are one segment.
+  void list_segments(const GatherClass& g, bool in_place, int64_t channels, int64_t u0,
+                     int64_t offsets, const bool* present, SegmentList& segments) const {
     const int64_t pixel_step = plan.rows_across ? 1 : step_b(in_place),
                   flat_pixel = plan.flat_pixel(channels);
     segments.count = 0;
+    segments.step_a = plan.rows_across ? 1 : plan.row_width;
+    segments.step_b = step_b(in_place);
     for (int64_t k0 = 0; k0 < g.taps * channels; k0 += partial_sum) {
       const int64_t before = segments.count;
       const int64_t k1 = min_of(k0 + partial_sum, g.taps * channels);
-      int64_t last = -1;
-      const T* next = nullptr;  // where the pixels of the last segment go on
+      int64_t last = -1, next = 0;  // where the last segment's steps and pixels end
       for (int64_t tap = k0 / channels; tap * channels < k1; ++tap) {
         const int64_t u = g.offset_at[tap] - u0;
         if (u < 0 || u >= offsets || !present[u]) continue;
-        const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels),
-                      c = begin - tap * channels;
-        const T* pixel = in_place ? x + plan.source_at[g.offset_at[tap]] + c * pixel_step
-                         : plan.flat
-                             ? x + plan.flat_at[g.offset_at[tap]] * flat_pixel + c * pixel_step
-                             : x + u * plan.tap_pitch(channels, sizeof(T)) + c * pixel_step;
-        const T* weight = w + begin * plan.row_width;
+        const int64_t begin = max_of(k0, tap * channels), end = min_of(k1, (tap + 1) * channels);
+        const int64_t pixel = (in_place    ? plan.source_at[g.offset_at[tap]]
+                               : plan.flat ? plan.flat_at[g.offset_at[tap]] * flat_pixel
+                                           : u * plan.tap_pitch(channels, sizeof(T))) +
+                              (begin - tap * channels) * pixel_step;
+        const int64_t weight = begin * plan.row_width;
         if (pixel == next && begin == last) {
           segments.list[segments.count - 1].length += end - begin;
         } else {
           segments.list[segments.count++] = plan.rows_across
-                                                ? Segment<T>{pixel, weight, end - begin, false}
-                                                : Segment<T>{weight, pixel, end - begin, false};
+                                                ? Segment{pixel, weight, end - begin, false}
+                                                : Segment{weight, pixel, end - begin, false};
         }
         next = pixel + (end - begin) * pixel_step;
         last = end;
@@ -261,7 +261,7 @@ struct GatherGemm {
       for (PixelRun** list : {&runs, &packed, &stored}) *list = carver.take<PixelRun>(pixels);
       // A tap spans at most one more partial sum than its channels fill.
       segments.list =
-          carver.take<Segment<T>>(offsets + offsets * plan.channel_block / partial_sum + 2);
+          carver.take<Segment>(offsets + offsets * plan.channel_block / partial_sum + 2);
       row_offsets = carver.take<int64_t>(2 * tile.rows);
       targets = carver.take<TileTarget<T>>(plan.padded_rows / plan.row_width);
       return carver.used();

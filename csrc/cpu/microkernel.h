@@ -1,18 +1,17 @@
-// The one inner loop of every matrix product in here, a batch-reduce GEMM on a register tile:
+// The one inner loop of every matrix product in here, a batch-reduce GEMM on register tiles:
 //
 //     C[m][n] (+)= sum over segments s, steps k < length_s of A_s[m][k] * B_s[k][n]        m < RM,
 //     n < RN vectors
 //
-// A is broadcast: element (m, k) lies at a + row[m] + k * step_a, so A may be a packed panel
-// (row[m] = m, step_a = RM), rows of a tensor (row[m] = m * pitch, step_a = 1) or a padded image
-// that is read with a stride. B has RN full vectors a step, side by side, and its steps are step_b
-// apart: a packed panel (step_b = RN vectors) or rows of a tensor. Segments let the caller leave
-// out what is known to be zero (a kernel element that reads outside the image) and stitch panels
-// together.
+// A is broadcast: element (m, k) of a segment lies row[m] + k * step_a elements behind its
+// beginning. B has RN full vectors a step, side by side, and its steps are step_b apart. Which of
+// these distances the compiler knows is stated by Steps. Segments let the caller leave out what is
+// known to be zero (a kernel element that reads outside the image) and stitch panels together. One
+// call takes many tiles with the same segments, since a call's beginning and end cost as much as
+// ten steps.
 //
-// Sums start at zero in every call and are added to C once. Adding short partial sums keeps the
-// rounding error low: callers end one after at most kPartialSum steps, by marking a segment or by
-// ending the call, which costs more.
+// Sums start at zero and are added to C once. Adding short partial sums keeps the rounding error
+// low: callers end one after at most kPartialSum steps, by marking a segment or by ending the call.
 //
 // Register budget: RM * RN sums + RN vectors of B + 1 broadcast <= the ISA's registers.
 #pragma once
@@ -25,10 +24,14 @@ namespace DECONV_ISA {
 
 constexpr int64_t kPartialSum = 128;
 
-template <class T>
+enum class Steps {
+  kContiguousA,  // step_a = 1: channels of pixels; B is a panel, step_b = RN vectors
+  kPanelA,       // A is a panel, row[m] = m and step_a = RM
+  kPanelB,       // B is a panel, step_b = RN vectors
+};
+
 struct Segment {
-  const T* a;
-  const T* b;
+  int64_t a, b;  // elements from a tile's a and b to the first step
   int64_t length;
   bool ends_part;  // whether a partial sum ends here
 };
@@ -43,59 +46,111 @@ struct TileTarget {
   const T* bias;    // [RN vectors] added last, or null
 };
 
-template <class T, int RM, int RN>
-void multiply_tile(const Segment<T>* segments, int64_t count, const int64_t* row, int64_t step_a,
-                   int64_t step_b, const TileTarget<T>& to) {
+template <class T>
+struct TileTask {
+  const T *a, *b;
+  const int64_t* row;  // elements from the beginning of A to its rows
+  TileTarget<T> to;
+};
+
+struct SegmentList {
+  Segment* list;
+  int64_t count;
+  int64_t step_a, step_b;  // where Steps leaves them open
+};
+
+// sum += A * B of one segment
+template <class T, int RM, int RN, Steps steps>
+DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, const int64_t* row,
+                                    int64_t step_a, int64_t step_b, Vector<T>* sum) {
+  constexpr int kN = kLanes<T>, kWidth = RN * kN, kUnrolled = 4;
+  // Steps whose distances are known are reached by a displacement; else the pointer moves on.
+  constexpr bool kMoveA = steps == Steps::kPanelB, kMoveB = steps == Steps::kPanelA;
+  constexpr int kStepA = kMoveA ? 0 : steps == Steps::kPanelA ? RM : 1, kStepB = kMoveB ? 0 : kWidth;
+  int64_t distance[RM];  // in bytes: an index of elements would be computed anew for each step
+  if constexpr (steps != Steps::kPanelA)
+    unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = row[m] * sizeof(T); });
+  const auto step = [&](auto k) DECONV_INLINED {
+    Vector<T> vb[RN];
+    unroll<RN>([&](auto n) DECONV_INLINED { vb[n] = load_vector(b + k * kStepB + n * kN); });
+    unroll<RM>([&](auto m) DECONV_INLINED {
+      const T* va = a + k * kStepA;
+      if constexpr (steps == Steps::kPanelA) {
+        va += m;
+      } else {
+        // Not a constant of the loop, or the sums with k would be kept in memory.
+        keep_in_register(distance[m]);
+        va = reinterpret_cast<const T*>(reinterpret_cast<const char*>(va) + distance[m]);
+      }
+      const Vector<T> factor = broadcast(*va);
+      unroll<RN>([&](auto n) DECONV_INLINED { multiply_add<T>(sum[m * RN + n], factor, vb[n]); });
+    });
+    if constexpr (kMoveA) a += step_a;
+    if constexpr (kMoveB) b += step_b;
+  };
+  int64_t left = length;
+  for (; left >= kUnrolled; left -= kUnrolled) {
+    unroll<kUnrolled>(step);
+    a += kUnrolled * kStepA;
+    b += kUnrolled * kStepB;
+  }
+  for (; left > 0; --left) {
+    step(Number<0>{});
+    a += kStepA;
+    b += kStepB;
+  }
+}
+
+template <class T, int RM, int RN, Steps steps>
+void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_t tasks) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
   Vector<T> sum[RM * RN];
   T parts[RM * RN * kN];  // the sum of those that have ended
-  bool any_parts = false;
-  unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] = Vector<T>{}; });
+  const Segment* const end = segments.list + segments.count;
+  for (const TileTask<T>* const last = task + tasks; task != last; ++task) {
+    unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] = Vector<T>{}; });
+    bool any_parts = false;
+    for (const Segment* s = segments.list; s != end; ++s) {
+      multiply_segment<T, RM, RN, steps>(task->a + s->a, task->b + s->b, s->length, task->row,
+                                         segments.step_a, segments.step_b, sum);
+      if (s->ends_part && s + 1 != end) {
+        unroll<RM * RN>([&](auto i) DECONV_INLINED {
+          if (any_parts) sum[i] += load_vector(parts + i * kN);
+          store_vector(parts + i * kN, sum[i]);
+          sum[i] = Vector<T>{};
+        });
+        any_parts = true;
+      }
+    }
+    if (any_parts)
+      unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] += load_vector(parts + i * kN); });
 
-  // One base pointer and RM distances, which stay in general registers.
-  int64_t offset[RM];
-  unroll<RM>([&](auto m) DECONV_INLINED { offset[m] = row[m]; });
-  for (int64_t s = 0; s < count; ++s) {
-    const T *a = segments[s].a, *b = segments[s].b;
-    for (const T* const end = b + segments[s].length * step_b; b != end; b += step_b, a += step_a) {
-      Vector<T> vb[RN];
-      unroll<RN>([&](auto n) DECONV_INLINED { vb[n] = load_vector(b + n * kN); });
+    const TileTarget<T>& to = task->to;
+    T* c = to.c;
+    const T* bias = to.bias;
+    // The full tile apart, so that its stores are not interrupted by questions.
+    const auto store = [&](bool accumulate, int64_t rows) DECONV_INLINED {
       unroll<RM>([&](auto m) DECONV_INLINED {
-        const T va = a[offset[m]];
-        unroll<RN>([&](auto n) DECONV_INLINED { sum[m * RN + n] += va * vb[n]; });
+        if (m >= rows) return;
+        unroll<RN>([&](auto n) DECONV_INLINED {
+          Vector<T> v = sum[m * RN + n];
+          if (accumulate) v += load_vector(c + n * kN);
+          if (bias) v += load_vector(bias + n * kN);
+          store_vector(c + n * kN, v);
+        });
+        c += to.pitch;
       });
-    }
-    if (segments[s].ends_part && s + 1 < count) {
-      unroll<RM * RN>([&](auto i) DECONV_INLINED {
-        if (any_parts) sum[i] += load_vector(parts + i * kN);
-        store_vector(parts + i * kN, sum[i]);
-        sum[i] = Vector<T>{};
-      });
-      any_parts = true;
+    };
+    if (to.rows < RM) {
+      store(to.accumulate, to.rows);
+    } else if (to.accumulate || bias) {
+      store(to.accumulate, RM);
+    } else {
+      bias = nullptr;
+      store(false, RM);
     }
   }
-  if (any_parts)
-    unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] += load_vector(parts + i * kN); });
-
-  // Apart from the full tile without a bias, so that its stores are not interrupted by questions.
-  T* c = to.c;
-  const int64_t pitch = to.pitch, rows = to.rows;
-  const T* bias = to.bias;
-  const bool accumulate = to.accumulate;
-  const auto place = [&](int i) { return c + i / RN * pitch + i % RN * kN; };
-  if (rows == RM && !bias) {
-    if (accumulate)
-      unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] += load_vector(place(i)); });
-    unroll<RM * RN>([&](auto i) DECONV_INLINED { store_vector(place(i), sum[i]); });
-    return;
-  }
-  unroll<RM * RN>([&](auto i) DECONV_INLINED {
-    if (i / RN >= rows) return;
-    if (accumulate) sum[i] += load_vector(place(i));
-    if (bias) sum[i] += load_vector(bias + i % RN * kN);
-    store_vector(place(i), sum[i]);
-  });
 }
 
 // Sums of few terms over many tiles, rows on the vector side (gather_short.h).
@@ -104,18 +159,25 @@ struct ShortProduct;
 template <class T, int RN>
 void multiply_short_by(int64_t steps, const ShortProduct<T>& product);
 
+template <class T>
+using MultiplyTiles = void (*)(const SegmentList&, const TileTask<T>*, int64_t tasks);
+
 // The tiles that exist, as data: planning chooses by these numbers, drivers call by index.
 template <class T>
 struct Tile {
   int rows, vectors;  // RM, RN
-  void (*multiply)(const Segment<T>*, int64_t, const int64_t*, int64_t, int64_t,
-                   const TileTarget<T>&);
+  MultiplyTiles<T> contiguous_a, panel_a, panel_b;
   void (*multiply_short)(int64_t steps, const ShortProduct<T>&);  // or null
 };
 
 template <class T, int RM, int RN>
 constexpr Tile<T> make_tile() {
-  return {RM, RN, multiply_tile<T, RM, RN>, multiply_short_by<T, RN>};
+  return {RM,
+          RN,
+          multiply_tiles<T, RM, RN, Steps::kContiguousA>,
+          multiply_tiles<T, RM, RN, Steps::kPanelA>,
+          multiply_tiles<T, RM, RN, Steps::kPanelB>,
+          multiply_short_by<T, RN>};
 }
 
 // 32 registers: 8x3 and 6x4 use 24 sums; 16 registers: 4x3 and 6x2 use 12. Loads per step

@@ -70,7 +70,7 @@ using Vector = typename VectorOf<T>::type;
 
 template <class T>
 inline Vector<T> broadcast(T v) {
-  return Vector<T>{} + v;
+  return v - Vector<T>{};  // v + 0 would take an addition, for the sake of -0
 }
 
 template <class T>
@@ -81,6 +81,24 @@ inline Vector<T> load_vector(const T* p) {
 template <class T>
 inline void store_vector(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+// The compiler takes it for changed here, so what follows from it is computed here.
+DECONV_INLINE void keep_in_register(int64_t& v) { asm("" : "+r"(v)); }
+
+// sum += a * b, rounded once where the ISA can. As an instruction that only writes its sum: left to
+// itself, the compiler lets sums change places with factors, and moves them back after each step.
+template <class T>
+DECONV_INLINE void multiply_add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
+#if DECONV_VECTOR_BYTES >= 32
+  if constexpr (sizeof(T) == 4) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  } else {
+    asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+#else
+  sum += a * b;
+#endif
 }
 
 // As many 16-bit elements as float32 lanes, exactly widened: float16 by its instruction where there

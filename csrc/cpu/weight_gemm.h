@@ -9,7 +9,7 @@
 //   for each chunk of (co, k) x lanes of ci x split of the pixels, in parallel:
 //     for each block of pixels (lines of images):
 //       pack x
-//       for a few co at a time: pack patches of dy, multiply_tile over the lines
+//       for a few co at a time: pack patches of dy, multiply_tiles over the lines
 //   add the splits in order, store
 //
 // The number of splits follows from the problem, never from the threads: results do not depend on
@@ -199,7 +199,8 @@ struct WeightGemm {
   T* accumulate(const Part& part, int64_t begin, int64_t end, T* sums) const {
     T *own_sums, *packed_x, *patches;
     Strip* strips;
-    Segment<T>* segments;
+    SegmentList segments;
+    TileTask<T>* tasks;
     int64_t* row_offsets;
     const int64_t pixels = lines * line, segment_pixels = min_of(line, p.w.in);
     const auto carve = [&](void* memory) {
@@ -208,7 +209,8 @@ struct WeightGemm {
       packed_x = carver.take<T>(lane_tiles * pixels * width);
       patches = carver.take<T>(patch_outputs * patch_elements());
       strips = carver.take<Strip>(images());
-      segments = carver.take<Segment<T>>(lines);
+      segments.list = carver.take<Segment>(lines);
+      tasks = carver.take<TileTask<T>>(patch_rows / tile.rows);
       row_offsets = carver.take<int64_t>(patch_rows);
       return carver.used();
     };
@@ -252,24 +254,26 @@ struct WeightGemm {
                   co * patch +
                   (kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step) * element;
         T* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
-        for (int64_t t = 0; t * width < part.lanes; ++t) {
-          const T* x = packed_x + t * pixels * width;
-          int64_t count_lines = 0;
-          for (int64_t s = 0; s < strip_count; ++s)
-            for (int64_t l = 0; l < strips[s].lines; ++l, x += length * width)
-              segments[count_lines++] = {patches + (s * patch_h.extent + l * patch_h.pixel_step) *
-                                                       patch_w.extent * element,
-                                         x, length, false};
-          const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);
-          in_phase(Phase::kProduct, [&] {
-            for (int64_t l = 0; l < count_lines; l += at_once)
-              for (int64_t r = 0; r < rows; r += tile.rows)
-                tile.multiply(segments + l, min_of(at_once, count_lines - l), row_offsets + r,
-                              patch_w.pixel_step * element, width,
-                              {block_sums + r * lane_tiles * width + t * width, lane_tiles * width,
-                               tile.rows, block > begin || l > 0, nullptr});
-          });
-        }
+        segments.step_a = patch_w.pixel_step * element;
+        segments.step_b = width;
+        const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);  // lines
+        int64_t count_lines = 0;
+        for (int64_t s = 0; s < strip_count; ++s)
+          for (int64_t l = 0; l < strips[s].lines; ++l, ++count_lines)
+            segments.list[count_lines] = {
+                (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent * element,
+                count_lines * length * width, length, (count_lines + 1) % at_once == 0};
+        segments.count = count_lines;
+        in_phase(Phase::kProduct, [&] {
+          for (int64_t t = 0; t * width < part.lanes; ++t) {
+            int64_t count_tasks = 0;
+            for (int64_t r = 0; r < rows; r += tile.rows)
+              tasks[count_tasks++] = {patches, packed_x + t * pixels * width, row_offsets + r,
+                                      {block_sums + r * lane_tiles * width + t * width,
+                                       lane_tiles * width, tile.rows, block > begin, nullptr}};
+            tile.panel_b(segments, tasks, count_tasks);
+          }
+        });
       }
     }
     return sums;
