@@ -56,8 +56,8 @@ struct WeightGemm {
   // A thread's working set in its L2 cache: sums, packed x, patches of dy.
   static constexpr int64_t kSums = (512 << 10) / sizeof(T), kPatches = (128 << 10) / sizeof(T);
   static constexpr int64_t kLanesAtOnce = 192;  // lanes that share a patch
-  static constexpr int64_t kOutputsInner =
-      16;  // co that lie together in a patch with channels innermost
+  // co whose patches are packed together where they lie together in dy: a cache line.
+  static constexpr int64_t kOutputsTogether = 64 / sizeof(S);
   static constexpr int64_t kBlockPixels = 256;  // packed at a time
   static constexpr int64_t kTasks =
       16;  // enough to balance a few threads; pixels are split where the weight has fewer parts
@@ -120,14 +120,16 @@ struct WeightGemm {
   }
 
   void choose_lines() {
+    const int64_t together = params.y.stride[1] != 1          ? 1
+                             : outputs < 2 * kOutputsTogether ? outputs
+                                                              : kOutputsTogether;
     line_parts = (p.w.in + kPartialSum - 1) / kPartialSum;
     line = (p.w.in + line_parts - 1) / line_parts;
     lines = min_of(max_of<int64_t>(1, kBlockPixels / line), p.batch * p.h.in);
     while (true) {
       patch_h = PatchAxis::make(p.h, min_of(lines, p.h.in), kernel_h);
       patch_w = PatchAxis::make(p.w, line, kernel_w);
-      const int64_t together = outputs_inner() ? min_of(outputs, kOutputsInner) : 1;
-      if (patch_elements() * together <= kPatches || (lines == 1 && line == 1)) break;
+      if (patch_pitch() * together <= kPatches || (lines == 1 && line == 1)) break;
       if (lines > 1) {
         lines = (lines + 1) / 2;
       } else {
@@ -138,23 +140,27 @@ struct WeightGemm {
     blocks = line_parts * ((p.batch * p.h.in + lines - 1) / lines);
     splits = min_of(blocks, max_of<int64_t>(1, kTasks / parts()));
 
-    patch_outputs = min_of(outputs, max_of<int64_t>(1, kPatches / patch_elements()));
-    if (outputs_inner() && patch_outputs > kOutputsInner)
-      patch_outputs = patch_outputs / kOutputsInner * kOutputsInner;
     // As many co as leave the fewest rows of their last tile empty.
-    const int64_t taps = kernel_h * kernel_w, most = patch_outputs;
+    const int64_t most = min_of(outputs, max_of<int64_t>(1, kPatches / patch_pitch())) / together * together;
+    const int64_t taps = kernel_h * kernel_w;
     const auto waste = [&](int64_t count) {
       return static_cast<double>(round_up<int64_t>(count * taps, tile.rows)) /
              static_cast<double>(count);
     };
-    for (int64_t count = most; count > most / 2; --count)
+    patch_outputs = max_of(most, together);
+    for (int64_t count = most; count > most / 2; count -= together)
       if (waste(count) < waste(patch_outputs)) patch_outputs = count;
     patch_rows = round_up<int64_t>(patch_outputs * taps, tile.rows);
   }
 
   // A block of `lines` lines touches at most so many images; each has a patch of its own.
   int64_t images() const { return lines <= 1 ? 1 : (lines + p.h.in - 2) / p.h.in + 1; }
-  int64_t patch_elements() const { return images() * patch_h.extent * patch_w.extent; }
+  // From one co's patches to the next: an odd number of cache lines, so that many of them meet in
+  // no set of a cache.
+  int64_t patch_pitch() const {
+    const int64_t cache_line = 64 / sizeof(T);
+    return (ceil_div(images() * patch_h.extent * patch_w.extent, cache_line) | 1) * cache_line;
+  }
   int64_t parts() const { return p.groups * chunks_o * chunks_h * chunks_w * lane_parts; }
   int64_t sum_rows() const { return (outputs + patch_outputs - 1) / patch_outputs * patch_rows; }
   int64_t part_elements() const { return sum_rows() * lane_tiles * width; }
@@ -179,12 +185,10 @@ struct WeightGemm {
     return part;
   }
 
-  // Where (co, kh, kw) stands among the rows of `count` co: neighbours are what lies close together
-  // in a patch.
-  bool outputs_inner() const { return params.y.stride[1] == 1 && outputs > 1; }
-  int64_t row_of(const Part& part, int64_t count, int64_t co, int64_t kh, int64_t kw) const {
-    return outputs_inner() ? (kh * part.kernel_w + kw) * count + co
-                           : (co * part.kernel_h + kh) * part.kernel_w + kw;
+  // Where (co, kh, kw) stands among the rows: taps of a co follow each other, for they read the same
+  // cache lines of its patch.
+  int64_t row_of(const Part& part, int64_t co, int64_t kh, int64_t kw) const {
+    return (co * part.kernel_h + kh) * part.kernel_w + kw;
   }
 
   // Lines of one image within a block: they share a patch.
@@ -207,7 +211,7 @@ struct WeightGemm {
       Carver carver(memory);
       own_sums = carver.take<T>(sums ? 0 : part_elements());
       packed_x = carver.take<T>(lane_tiles * pixels * width);
-      patches = carver.take<T>(patch_outputs * patch_elements());
+      patches = carver.take<T>(patch_outputs * patch_pitch());
       strips = carver.take<Strip>(images());
       segments.list = carver.take<Segment>(lines);
       tasks = carver.take<TileTask<T>>(patch_rows / tile.rows);
@@ -216,10 +220,6 @@ struct WeightGemm {
     };
     carve(thread_scratch(carve(nullptr)));
     if (!sums) sums = own_sums;
-    const int64_t element =
-        outputs_inner() ? patch_outputs : 1;  // distance of neighbours in a patch
-    const int64_t patch = outputs_inner() ? 1 : patch_elements();  // distance of co
-
     for (int64_t block = begin; block < end; ++block) {
       const int64_t iw = block % line_parts * line, length = min_of(segment_pixels, p.w.in - iw);
       const int64_t first_line = block / line_parts * lines,
@@ -242,26 +242,26 @@ struct WeightGemm {
                       rows = count * part.kernel_h * part.kernel_w;
         in_phase(Phase::kPack, [&] {
           for (int64_t s = 0; s < strip_count; ++s)
-            pack_patch(part, strips[s], o, count, iw, element, patch,
-                       patches + s * patch_h.extent * patch_w.extent * element);
+            pack_patch(part, strips[s], o, count, iw,
+                       patches + s * patch_h.extent * patch_w.extent);
         });
         for (int64_t row = 0; row < patch_rows; ++row)
           row_offsets[row] = 0;  // padding: any valid address
         for (int64_t co = 0; co < count; ++co)
           for (int64_t kh = 0; kh < part.kernel_h; ++kh)
             for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              row_offsets[row_of(part, count, co, kh, kw)] =
-                  co * patch +
-                  (kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step) * element;
+              row_offsets[row_of(part, co, kh, kw)] =
+                  co * patch_pitch() + kh * patch_h.tap_step * patch_w.extent +
+                  kw * patch_w.tap_step;
         T* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
-        segments.step_a = patch_w.pixel_step * element;
+        segments.step_a = patch_w.pixel_step;
         segments.step_b = width;
         const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);  // lines
         int64_t count_lines = 0;
         for (int64_t s = 0; s < strip_count; ++s)
           for (int64_t l = 0; l < strips[s].lines; ++l, ++count_lines)
             segments.list[count_lines] = {
-                (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent * element,
+                (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent,
                 count_lines * length * width, length, (count_lines + 1) % at_once == 0};
         segments.count = count_lines;
         in_phase(Phase::kProduct, [&] {
@@ -289,8 +289,7 @@ struct WeightGemm {
     if (lanes < width)
       for (int64_t i = 0; i < length * width; ++i) to[i] = 0;
     if (channel == 1) {
-      for (int64_t i = 0; i < length; ++i)
-        for (int64_t l = 0; l < lanes; ++l) to[i * width + l] = convert<T>(from[i * pixel + l]);
+      for (int64_t i = 0; i < length; ++i) copy_strided(to + i * width, from + i * pixel, 1, lanes);
     } else if (pixel == 1) {
       transpose(from, channel, lanes, length, to, width);
     } else {
@@ -303,83 +302,80 @@ struct WeightGemm {
   // The patches of dy that the pixels of a strip and the taps of the part touch, for `count` co
   // from o on; zeros outside dy.
   DECONV_PHASE void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count,
-                               int64_t iw, int64_t element, int64_t patch, T* to) const {
+                               int64_t iw, T* to) const {
     const S* from = static_cast<const S*>(params.y.data) +
                     params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
-    const int64_t stride_co = params.y.stride[1], stride_w = params.y.stride[3],
-                  strip_lines = min_of(lines, p.h.in), extent = patch_w.extent;
-    const int64_t start = patch_w.output(p.w, iw, part.kw, line, 0);
-    const int64_t head = min_of(extent, max_of<int64_t>(0, -start)),
-                  tail = max_of(head, min_of(extent, p.w.out - start));
+    const int64_t stride_co = params.y.stride[1], strip_lines = min_of(lines, p.h.in),
+                  extent = patch_w.extent, pitch = patch_pitch();
+    // A row of a patch is one piece of dy, or one a tap.
+    const int64_t pieces = patch_w.by_tap ? part.kernel_w : 1, length = patch_w.by_tap ? line : extent,
+                  step = patch_w.by_tap ? p.w.stride : 1, stride = step * params.y.stride[3];
     for (int64_t eh = 0; eh < patch_h.extent; ++eh) {
       const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
-      const bool inside = oh >= 0 && oh < p.h.out;
-      const S* dy = from + (inside ? oh * params.y.stride[2] : 0);
-      T* row = to + eh * extent * element;
-      if (outputs_inner() || patch_w.by_tap) {
-        for (int64_t ew = 0; ew < extent; ++ew) {
-          const int64_t ow =
-              patch_w.by_tap ? patch_w.output(p.w, iw, part.kw, line, ew) : start + ew;
-          T* cell = row + ew * element;
-          if (!inside || ow < 0 || ow >= p.w.out) {
-            for (int64_t co = 0; co < count; ++co) cell[co * patch] = 0;
-          } else if (patch == 1) {
-            copy_strided(cell, dy + ow * stride_w, 1, count);
-          } else {
-            for (int64_t co = 0; co < count; ++co)
-              cell[co * patch] = convert<T>(dy[ow * stride_w + co * stride_co]);
-          }
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t start = patch_w.output(p.w, iw, part.kw, line, piece * length);
+        int64_t head = 0, tail = 0;
+        if (oh >= 0 && oh < p.h.out && start < p.w.out) {
+          tail = min_of(length, (p.w.out - 1 - start) / step + 1);
+          head = min_of(tail, start < 0 ? ceil_div(-start, step) : 0);
         }
-        continue;
-      }
-      for (int64_t co = 0; co < count; ++co, row += patch, dy += stride_co) {
-        if (!inside) {
-          for (int64_t ew = 0; ew < extent; ++ew) row[ew] = 0;
-          continue;
+        T* row = to + eh * extent + piece * length;
+        for (int64_t co = 0; co < count; ++co) {
+          for (int64_t i = 0; i < head; ++i) row[co * pitch + i] = 0;
+          for (int64_t i = tail; i < length; ++i) row[co * pitch + i] = 0;
         }
-        for (int64_t ew = 0; ew < head; ++ew) row[ew] = 0;
-        copy_strided(row + head, dy + (start + head) * stride_w, stride_w, tail - head);
-        for (int64_t ew = tail; ew < extent; ++ew) row[ew] = 0;
+        if (head == tail) continue;
+        const S* dy = from + oh * params.y.stride[2] + start * params.y.stride[3] + head * stride;
+        if (stride_co == 1 && count > 1) {
+          transpose(dy, stride, tail - head, count, row + head, pitch);
+        } else {
+          for (int64_t co = 0; co < count; ++co)
+            copy_strided(row + co * pitch + head, dy + co * stride_co, stride, tail - head);
+        }
       }
     }
   }
 
-  // A row of the sums in dw: kernel element and place, from the first element of a ci on.
+  // An element of dw for each ci, and the row of its sums. Those of `count` co from `first` on are
+  // numbered in the order of dw.
   struct Element {
-    int64_t co, kh, kw, at;
+    int64_t co, kh, kw;
+    int64_t at;  // from the first element of a ci on
+    int64_t row;
   };
-  // The inverse of row_of.
-  Element element_of(const Part& part, int64_t first, int64_t count, int64_t row) const {
+  Element element_of(const Part& part, int64_t first, int64_t count, int64_t index) const {
     const int64_t taps = part.kernel_h * part.kernel_w;
-    const int64_t co = outputs_inner() ? row % count : row / taps,
-                  tap = outputs_inner() ? row / count : row % taps;
-    Element e{part.co + first + co, part.kh + tap / part.kernel_w, part.kw + tap % part.kernel_w,
-              0};
+    const bool outputs_inner = params.w.stride[1] == 1;
+    const int64_t co = outputs_inner ? index % count : index / taps,
+                  tap = outputs_inner ? index / count : index % taps;
+    const int64_t kh = tap / part.kernel_w, kw = tap % part.kernel_w;
+    Element e{part.co + first + co, part.kh + kh, part.kw + kw, 0, row_of(part, co, kh, kw)};
     e.at = params.w.at(0, e.co, e.kh, e.kw);
     return e;
   }
 
-  // [row][lane] to dw, whose elements lie in another order: squares are transposed, after which
-  // rows that follow each other in dw too are a vector.
+  // [row][lane] to dw: squares are transposed, after which elements that follow each other in dw are
+  // a vector.
   DECONV_PHASE void store(const Part& part, const T* sums) const {
     constexpr int64_t kN = kLanes<T>;
     for (int64_t first = 0; first < part.outputs; first += patch_outputs) {
       const int64_t count = min_of(patch_outputs, part.outputs - first),
                     rows = count * part.kernel_h * part.kernel_w;
       const T* from = sums + first / patch_outputs * patch_rows * lane_tiles * width;
-      for (int64_t row = 0; row < rows; row += kN) {
-        const int64_t some = min_of(kN, rows - row);
+      for (int64_t index = 0; index < rows; index += kN) {
+        const int64_t some = min_of(kN, rows - index);
         Element elements[kN];
         bool together = true;
         for (int64_t i = 0; i < some; ++i) {
-          elements[i] = element_of(part, first, count, row + i);
+          elements[i] = element_of(part, first, count, index + i);
           together &= elements[i].at == elements[0].at + i;
         }
         for (int64_t lane = 0; lane < part.lanes; lane += kN) {
           Vector<T> square[kN];
           for (int64_t i = 0; i < kN; ++i)
             square[i] =
-                i < some ? load_vector(from + (row + i) * lane_tiles * width + lane) : Vector<T>{};
+                i < some ? load_vector(from + elements[i].row * lane_tiles * width + lane)
+                         : Vector<T>{};
           transpose_step<T, kN / 2>(square);
           for (int64_t i = 0; i < min_of(kN, part.lanes - lane); ++i)
             store_elements(part.group * group_in + part.ci + lane + i, elements, some, together,
