@@ -109,8 +109,8 @@ void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task
 
 template <int RM, int RN>
 constexpr Tile<float> make_amx_tile() {
-  return {RM * static_cast<int>(kAmxSide), RN, multiply_amx_tiles<RM, RN>, multiply_amx_tiles<RM, RN>,
-          nullptr, nullptr};
+  return {RM * static_cast<int>(kAmxSide), RN,      multiply_amx_tiles<RM, RN>,
+          multiply_amx_tiles<RM, RN>,      nullptr, nullptr};
 }
 
 // A multiplication takes 16 cycles for 16 pairs, a load 8.

@@ -71,8 +71,7 @@ struct GatherGemm {
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     const int64_t panel_pitch = plan.flat ? plan.pixel_width * plan.flat_position(channels)
                                           : plan.tile_pitch(channels, offsets, sizeof(T));
-    const MultiplyTiles<T> multiply_tiles =
-        plan.rows_across ? tile.contiguous_a : tile.panel_a;
+    const MultiplyTiles<T> multiply_tiles = plan.rows_across ? tile.contiguous_a : tile.panel_a;
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
       row_offsets[m] = !plan.rows_across ? plan.weight_at(m, 0)
@@ -144,9 +143,9 @@ struct GatherGemm {
             for (int64_t i = 0; i < segments.list[s].length; ++i)
               at[count++] = segments.list[s].a + i;
           tile.multiply_short(
-              steps, {weights, targets, row_tiles, is_in_place(t) ? source : pixels_of(t),
-                      places + t, end - t, panel_pitch,
-                      is_in_place(t) ? in_place_offsets : row_offsets, at});
+              steps,
+              {weights, targets, row_tiles, is_in_place(t) ? source : pixels_of(t), places + t,
+               end - t, panel_pitch, is_in_place(t) ? in_place_offsets : row_offsets, at});
         }
         multiply_waiting();
         continue;

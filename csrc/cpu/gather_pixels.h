@@ -319,11 +319,9 @@ struct GatherPixels {
 
   bool has_planes() const {
     const int64_t taps = plan.offsets_w.size(), step = plan.w.source_step;
-    // With two residues and no overlap a strided copy costs no more.
-    return !plan.rows_across && !plan.flat && (taps > step || (taps == step && step > 2)) &&
-           taps <= kPlaneTaps && !plan.batch_innermost &&
-           plan.w.positions >= (step == 1 ? 2 : 1) * kLanes<T> && plan.source.stride[3] == 1 &&
-           plane_pixels() >= kLanes<T>;
+    return !plan.rows_across && !plan.flat && taps >= step && taps <= kPlaneTaps &&
+           !plan.batch_innermost && plan.w.positions >= (step == 1 ? 2 : 1) * kLanes<T> &&
+           plan.source.stride[3] == 1 && plane_pixels() >= kLanes<T>;
   }
   // Positions split at a time.
   int64_t plane_pixels() const {

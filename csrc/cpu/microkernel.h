@@ -66,7 +66,10 @@ DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, cons
   constexpr int kN = kLanes<T>, kWidth = RN * kN, kUnrolled = 4;
   // Steps whose distances are known are reached by a displacement; else the pointer moves on.
   constexpr bool kMoveA = steps == Steps::kPanelB, kMoveB = steps == Steps::kPanelA;
-  constexpr int kStepA = kMoveA ? 0 : steps == Steps::kPanelA ? RM : 1, kStepB = kMoveB ? 0 : kWidth;
+  constexpr int kStepA = kMoveA                    ? 0
+                         : steps == Steps::kPanelA ? RM
+                                                   : 1,
+                kStepB = kMoveB ? 0 : kWidth;
   int64_t distance[RM];  // in bytes: an index of elements would be computed anew for each step
   if constexpr (steps != Steps::kPanelA)
     unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = row[m] * sizeof(T); });

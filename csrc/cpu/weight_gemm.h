@@ -141,7 +141,8 @@ struct WeightGemm {
     splits = min_of(blocks, max_of<int64_t>(1, kTasks / parts()));
 
     // As many co as leave the fewest rows of their last tile empty.
-    const int64_t most = min_of(outputs, max_of<int64_t>(1, kPatches / patch_pitch())) / together * together;
+    const int64_t most =
+        min_of(outputs, max_of<int64_t>(1, kPatches / patch_pitch())) / together * together;
     const int64_t taps = kernel_h * kernel_w;
     const auto waste = [&](int64_t count) {
       return static_cast<double>(round_up<int64_t>(count * taps, tile.rows)) /
@@ -185,8 +186,8 @@ struct WeightGemm {
     return part;
   }
 
-  // Where (co, kh, kw) stands among the rows: taps of a co follow each other, for they read the same
-  // cache lines of its patch.
+  // Where (co, kh, kw) stands among the rows: taps of a co follow each other, for they read the
+  // same cache lines of its patch.
   int64_t row_of(const Part& part, int64_t co, int64_t kh, int64_t kw) const {
     return (co * part.kernel_h + kh) * part.kernel_w + kw;
   }
@@ -250,9 +251,9 @@ struct WeightGemm {
         for (int64_t co = 0; co < count; ++co)
           for (int64_t kh = 0; kh < part.kernel_h; ++kh)
             for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              row_offsets[row_of(part, co, kh, kw)] =
-                  co * patch_pitch() + kh * patch_h.tap_step * patch_w.extent +
-                  kw * patch_w.tap_step;
+              row_offsets[row_of(part, co, kh, kw)] = co * patch_pitch() +
+                                                      kh * patch_h.tap_step * patch_w.extent +
+                                                      kw * patch_w.tap_step;
         T* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
         segments.step_a = patch_w.pixel_step;
         segments.step_b = width;
@@ -268,7 +269,9 @@ struct WeightGemm {
           for (int64_t t = 0; t * width < part.lanes; ++t) {
             int64_t count_tasks = 0;
             for (int64_t r = 0; r < rows; r += tile.rows)
-              tasks[count_tasks++] = {patches, packed_x + t * pixels * width, row_offsets + r,
+              tasks[count_tasks++] = {patches,
+                                      packed_x + t * pixels * width,
+                                      row_offsets + r,
                                       {block_sums + r * lane_tiles * width + t * width,
                                        lane_tiles * width, tile.rows, block > begin, nullptr}};
             tile.panel_b(segments, tasks, count_tasks);
@@ -308,8 +311,9 @@ struct WeightGemm {
     const int64_t stride_co = params.y.stride[1], strip_lines = min_of(lines, p.h.in),
                   extent = patch_w.extent, pitch = patch_pitch();
     // A row of a patch is one piece of dy, or one a tap.
-    const int64_t pieces = patch_w.by_tap ? part.kernel_w : 1, length = patch_w.by_tap ? line : extent,
-                  step = patch_w.by_tap ? p.w.stride : 1, stride = step * params.y.stride[3];
+    const int64_t pieces = patch_w.by_tap ? part.kernel_w : 1,
+                  length = patch_w.by_tap ? line : extent, step = patch_w.by_tap ? p.w.stride : 1,
+                  stride = step * params.y.stride[3];
     for (int64_t eh = 0; eh < patch_h.extent; ++eh) {
       const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
       for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -354,8 +358,8 @@ struct WeightGemm {
     return e;
   }
 
-  // [row][lane] to dw: squares are transposed, after which elements that follow each other in dw are
-  // a vector.
+  // [row][lane] to dw: squares are transposed, after which elements that follow each other in dw
+  // are a vector.
   DECONV_PHASE void store(const Part& part, const T* sums) const {
     constexpr int64_t kN = kLanes<T>;
     for (int64_t first = 0; first < part.outputs; first += patch_outputs) {
@@ -373,9 +377,8 @@ struct WeightGemm {
         for (int64_t lane = 0; lane < part.lanes; lane += kN) {
           Vector<T> square[kN];
           for (int64_t i = 0; i < kN; ++i)
-            square[i] =
-                i < some ? load_vector(from + elements[i].row * lane_tiles * width + lane)
-                         : Vector<T>{};
+            square[i] = i < some ? load_vector(from + elements[i].row * lane_tiles * width + lane)
+                                 : Vector<T>{};
           transpose_step<T, kN / 2>(square);
           for (int64_t i = 0; i < min_of(kN, part.lanes - lane); ++i)
             store_elements(part.group * group_in + part.ci + lane + i, elements, some, together,
