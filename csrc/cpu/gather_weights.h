@@ -113,49 +113,69 @@ struct GatherWeights {
         places[h.k[tap / taps_w] * plan.params.problem.w.kernel + w.k[tap % taps_w]] = {
             channels * (g.first_weight + tap * plan.row_width), channels * g.taps * plan.row_width};
     }
-    const int64_t step = min_of(kN, plan.row_width);
-    for (int64_t tile = 0; tile * plan.row_width < rows; ++tile)
-      for (int64_t lane = 0; lane < plan.row_width && tile * plan.row_width + lane < rows;
-           lane += step) {
-        const int64_t row = tile * plan.row_width + lane;
-        const int64_t count = min_of(min_of(step, plan.row_width - lane), rows - row);
-        const Source from = source + row * plan.weight.row;
-        const auto put = [&](int64_t k, int64_t c, Vector<T> v) {
-          if (places[k].first < 0) return;
-          T* place =
-              panel + places[k].first + tile * places[k].next_tile + c * plan.row_width + lane;
-          store_first(place, v, count);
-        };
-        // A square of rows times the contiguous axis, `left` elements of it, transposed.
-        const auto load_square = [&](Source corner, int64_t left, Vector<T>* square) {
-          for (int64_t i = 0; i < kN; ++i)
-            square[i] =
-                i < count ? load_every<T, 1>(corner + i * plan.weight.row, left) : Vector<T>{};
-          transpose_step<T, kN / 2>(square);
-        };
-        Vector<T> square[kN];
-        if (kernel_contiguous()) {
-          for (int64_t c = 0; c < channels; ++c)
-            for (int64_t k = 0; k < elements; k += kN) {
-              load_square(from + c * plan.weight.channel + k, elements - k, square);
-              for (int64_t j = 0; j < min_of(kN, elements - k); ++j) put(k + j, c, square[j]);
-            }
-          continue;
-        }
-        for (int64_t k = 0; k < elements; ++k) {
-          const Source element = from + k / plan.params.problem.w.kernel * plan.weight.kernel_h +
-                                 k % plan.params.problem.w.kernel * plan.weight.kernel_w;
-          if (plan.weight.row == 1) {
-            for (int64_t c = 0; c < channels; ++c)
-              put(k, c, load_every<T, 1>(element + c * plan.weight.channel, count));
-            continue;
-          }
-          for (int64_t c = 0; c < channels; c += kN) {
-            load_square(element + c, channels - c, square);
-            for (int64_t j = 0; j < min_of(kN, channels - c); ++j) put(k, c + j, square[j]);
-          }
-        }
+    // A few channels, then their next rows: channels lie far apart, often a power of two, and would
+    // push each other out of the cache before the rest of a line is used.
+    for (int64_t c = 0; c < channels; c += kN)
+      for (int64_t tile = 0; tile * plan.row_width < rows; ++tile) {
+        const int64_t row = tile * plan.row_width;
+        for (int64_t lane = 0; lane < min_of(plan.row_width, rows - row); lane += kN)
+          pack_rows(source, row + lane,
+                    min_of(min_of(kN, plan.row_width - lane), rows - row - lane), c,
+                    min_of(kN, channels - c), channels,
+                    [&](int64_t k, int64_t channel, Vector<T> v, int64_t count) {
+                      if (places[k].first >= 0)
+                        store_first(panel + places[k].first + tile * places[k].next_tile +
+                                        channel * plan.row_width + lane,
+                                    v, count);
+                    });
       }
+  }
+
+  // Calls put(kernel element, channel, vector of `count` rows) for the rows from `row` and the
+  // channels [c0, c0 + some) on, at most kLanes each; `channels` there are in all.
+  template <class Put>
+  DECONV_INLINE void pack_rows(Source source, int64_t row, int64_t count, int64_t c0, int64_t some,
+                               int64_t channels, const Put& put) const {
+    constexpr int64_t kN = kLanes<T>;
+    const int64_t kernel_w = plan.params.problem.w.kernel,
+                  elements = plan.params.problem.h.kernel * kernel_w;
+    const Source from = source + row * plan.weight.row;
+    // A square of rows times the contiguous axis, `left` elements of it, transposed.
+    const auto load_square = [&](Source corner, int64_t left, Vector<T>* square) {
+      for (int64_t i = 0; i < kN; ++i)
+        square[i] = i < count ? load_every<T, 1>(corner + i * plan.weight.row, left) : Vector<T>{};
+      transpose_step<T, kN / 2>(square);
+    };
+    Vector<T> square[kN];
+    constexpr int64_t kFew = 4;  // elements of a kernel of 2 x 2
+    if (kernel_contiguous() && elements == kFew && plan.weight.row == kFew && count == kN) {
+      for (int64_t c = c0; c < c0 + some; ++c) {
+        for (int64_t k = 0; k < kFew; ++k)
+          square[k] = load_as<T>(from + c * plan.weight.channel + k * kN);
+        split_residues<T, kFew>(square);
+        for (int64_t k = 0; k < kFew; ++k) put(k, c, square[k], count);
+      }
+      return;
+    }
+    if (kernel_contiguous()) {
+      for (int64_t c = c0; c < c0 + some; ++c)
+        for (int64_t k = 0; k < elements; k += kN) {
+          load_square(from + c * plan.weight.channel + k, elements - k, square);
+          for (int64_t j = 0; j < min_of(kN, elements - k); ++j) put(k + j, c, square[j], count);
+        }
+      return;
+    }
+    for (int64_t k = 0; k < elements; ++k) {
+      const Source element =
+          from + k / kernel_w * plan.weight.kernel_h + k % kernel_w * plan.weight.kernel_w;
+      if (plan.weight.row == 1) {
+        for (int64_t c = c0; c < c0 + some; ++c)
+          put(k, c, load_every<T, 1>(element + c * plan.weight.channel, count), count);
+        continue;
+      }
+      load_square(element + c0, channels - c0, square);
+      for (int64_t j = 0; j < some; ++j) put(k, c0 + j, square[j], count);
+    }
   }
 
   // Channels of a row lie together in the panel (plan.weight_at): vectors of channels are moved.
