@@ -1,4 +1,5 @@
-// What the planners of the gather product (gather.cpp, winograd_plan.cpp) share.
+// What the planners of the gather product (gather.cpp, winograd_plan.cpp) and its model
+// (gather_model.cpp) share.
 #pragma once
 
 #include "gather.h"
@@ -19,6 +20,18 @@ struct BlockLimits {
   int64_t least_rows;      // summed at a time, if there are as many, all phases counted
 };
 
+// Each thread's working set: packed pixels and sums stay in its L2 cache (1 MB on today's server
+// cores) beside the weights that stream through.
+constexpr int64_t kPanelBytes = 256 << 10;
+// Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds
+// above.
+constexpr int64_t kBlockPixels = 96;
+constexpr int64_t kMaxBlockPixels = 384;
+// Channels packed at a time, if there are as many: long runs, even if fewer offsets fit then.
+constexpr int64_t kLeastChannels = 64;
+// But so few if the images are wide and flat.
+constexpr int64_t kFewestChannels = 8;
+
 // A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
 // piece; far elements lie in lines of their own, which serve other pixels too unless they are lone.
 // Each tap begins anew with each row of the source. A tile that differs from its neighbours lists
@@ -36,6 +49,24 @@ GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, b
 
 // Every offset that some class uses, in both directions.
 void list_offsets(GatherPlan& plan);
+
+// Taps that read inside the source, as a fraction of those the table lists.
+double valid_fraction(const AxisTaps& axis);
+
+// What flat packing would be like.
+struct Flat {
+  bool possible;
+  int64_t channels;  // packed at a time
+  int64_t shift;     // the largest distance of a tap
+  double waste;      // positions computed for each that exists
+  double copies;     // of an element, since blocks share rows
+};
+// With rows as lanes, or with pixels.
+Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes);
+
+// `images` = 0 leaves out what a partly filled tile of pixels wastes.
+Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
+                   int64_t element_bytes, int64_t images);
 
 // The best tables and the best layout of "gemm" by the model, without regard to the batch.
 struct Choice {

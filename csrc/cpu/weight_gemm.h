@@ -83,7 +83,7 @@ struct WeightGemm {
     choose_lines();
   }
 
-  // The tile that wastes least on its rows and lanes; cycles of a step as in gather.cpp.
+  // The tile that wastes least on its rows and lanes; cycles of a step as in gather.h.
   void choose_tile() {
     const int64_t rows = group_out * p.h.kernel * p.w.kernel;
     double least = 0;
