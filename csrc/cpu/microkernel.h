@@ -59,9 +59,9 @@ struct SegmentList {
   int64_t step_a, step_b;  // where Steps leaves them open
 };
 
-// sum += A * B of one segment
+// sum += A * B of one segment; `distance` in bytes, or else an index would be computed each step
 template <class T, int RM, int RN, Steps steps>
-DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, const int64_t* row,
+DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, int64_t* distance,
                                     int64_t step_a, int64_t step_b, Vector<T>* sum) {
   constexpr int kN = kLanes<T>, kWidth = RN * kN, kUnrolled = 4;
   // Steps whose distances are known are reached by a displacement; else the pointer moves on.
@@ -70,9 +70,6 @@ DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, cons
                          : steps == Steps::kPanelA ? RM
                                                    : 1,
                 kStepB = kMoveB ? 0 : kWidth;
-  int64_t distance[RM];  // in bytes: an index of elements would be computed anew for each step
-  if constexpr (steps != Steps::kPanelA)
-    unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = row[m] * sizeof(T); });
   const auto step = [&](auto k) DECONV_INLINED {
     Vector<T> vb[RN];
     unroll<RN>([&](auto n) DECONV_INLINED { vb[n] = load_vector(b + k * kStepB + n * kN); });
@@ -113,9 +110,12 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
   const Segment* const end = segments.list + segments.count;
   for (const TileTask<T>* const last = task + tasks; task != last; ++task) {
     unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] = Vector<T>{}; });
+    int64_t distance[RM] = {};
+    if constexpr (steps != Steps::kPanelA)
+      unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = task->row[m] * sizeof(T); });
     bool any_parts = false;
     for (const Segment* s = segments.list; s != end; ++s) {
-      multiply_segment<T, RM, RN, steps>(task->a + s->a, task->b + s->b, s->length, task->row,
+      multiply_segment<T, RM, RN, steps>(task->a + s->a, task->b + s->b, s->length, distance,
                                          segments.step_a, segments.step_b, sum);
       if (s->ends_part && s + 1 != end) {
         unroll<RM * RN>([&](auto i) DECONV_INLINED {
