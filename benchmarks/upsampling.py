@@ -41,19 +41,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
+from upsampling_report import MEASURES, OURS, TORCHS, Row, draw, table, verdicts
 
-from deconv_ext import bench_table, init, phases, report
+from deconv_ext import bench_table, init, phases
 from deconv_ext.bench_machine import environment
-from deconv_ext.bench_timing import EventTimer
+from deconv_ext.bench_timing import EventTimer, Function
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import common  # noqa: E402
 import reconstruction  # noqa: E402
 import segmentation  # noqa: E402
 
-OURS, TORCHS = "transposed, deconv_ext", "transposed, torch"
 UNPOOLING = "max-unpooling + conv"
 SCALE = 3  # of super-resolution
 SCENES = 8  # of segmentation, in a batch
@@ -72,6 +71,8 @@ def convolution(layer: nn.ConvTranspose2d, out_channels: int, kernel: int) -> nn
 
 
 def interpolation(mode: str) -> Callable[[nn.ConvTranspose2d], nn.Module]:
+    """A function that replaces a layer: interpolation in this mode, then a 3x3 convolution."""
+
     def replace(layer: nn.ConvTranspose2d) -> nn.Module:
         return nn.Sequential(
             nn.Upsample(scale_factor=layer.stride[0], mode=mode),
@@ -82,6 +83,7 @@ def interpolation(mode: str) -> Callable[[nn.ConvTranspose2d], nn.Module]:
 
 
 def sub_pixel(layer: nn.ConvTranspose2d) -> nn.Module:
+    """k/s x k/s convolution to C_out * s^2 channels, pixels shuffled."""
     stride = layer.stride[0]
     kernel = layer.kernel_size[0] // stride
     return nn.Sequential(
@@ -149,6 +151,7 @@ class Task:
 
 
 def super_resolution(device: torch.device) -> Task:
+    """One stage, 9x9 with stride 3; PSNR of held-out photographs."""
     task = reconstruction.super_resolution_task(SCALE)
     return Task(
         f"super-resolution x{SCALE}",
@@ -166,6 +169,7 @@ def super_resolution(device: torch.device) -> Task:
 
 
 def segmentation_task(device: torch.device, scenes: int) -> Task:
+    """Three stages, 2x2 with stride 2; mean IoU of `scenes` images with held-out digits."""
     train, held_out = segmentation.glyphs()
     images, truth = (
         tensor.to(device)
@@ -246,9 +250,6 @@ def multiply_adds(stages: Sequence[nn.Module], inputs: Sequence[Tensor]) -> int:
     return total
 
 
-Function = Callable[[], Any]
-
-
 def passes(stages: Sequence[nn.Module], inputs: Sequence[Tensor]) -> tuple[Function, Function]:
     """(forward, backward) of all stages, with the gradients of inputs and parameters."""
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -311,33 +312,12 @@ def peak_memory(function: Function, device: torch.device) -> int | None:
 
 
 def _resident(name: str) -> int:
+    """Bytes that the process holds in memory (VmRSS), or held at most (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE)[1])
 
 
-# --- what was found ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Row:
-    """A rival in a task. `quality` and `ripple` hold a value for each seed."""
-
-    task: str
-    measure: str
-    rival: str
-    steps: int  # of training
-    quality: list[float]
-    ripple: list[float]
-    parameters: int
-    multiply_adds: int
-    forward_us: float
-    backward_us: float
-    peak_bytes: int | None  # forward and backward
-
-    def spread(self, name: str) -> str:
-        values = getattr(self, name)
-        half = (max(values) - min(values)) / 2
-        return f"{statistics.fmean(values):.4g}" + (f" ± {half:.2g}" if len(values) > 1 else "")
+# --- the measurements ----------------------------------------------------------------------------
 
 
 def train(task: Task, seeds: int, steps: int, device: torch.device) -> dict[str, Any]:
@@ -384,136 +364,6 @@ def costs(task: Task, device: torch.device, rounds: int) -> dict[str, dict[str, 
         for rival, us in microseconds(chosen, device, rounds).items():
             found[rival][name] = us
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    name: str
-    value: Callable[[Row], list[float] | float | None]  # a list has a value for each seed
-    more_is_better: bool = False
-
-    def beats(self, row: Row, other: Row, chance: float) -> bool:
-        """With every seed, by more than `chance`; of what was measured once, by more than TIE."""
-        a, b = self.value(row), self.value(other)
-        if a is None or b is None:
-            return False
-        if not isinstance(a, list):
-            return a < b * (1 - TIE)
-        sign = 1 if self.more_is_better else -1
-        return all(sign * (x - y) > chance for x, y in zip(a, b, strict=True))
-
-    def mean(self, row: Row) -> float | None:
-        value = self.value(row)
-        return statistics.fmean(value) if isinstance(value, list) else value
-
-    def chance(self, row: Row, same: Row) -> float:
-        """How far two trainings end apart that differ in rounding alone."""
-        a, b = self.value(row), self.value(same)
-        return max(abs(x - y) for x, y in zip(a, b, strict=True)) if isinstance(a, list) else 0.0
-
-
-TIE = 0.05
-MEASURES = (
-    Measure("quality", lambda row: row.quality, more_is_better=True),
-    Measure("ripple on even inputs (1/255)", lambda row: row.ripple),
-    Measure("parameters (thousands)", lambda row: 1e-3 * row.parameters),
-    Measure("multiply-adds (millions)", lambda row: 1e-6 * row.multiply_adds),
-    Measure("forward (ms)", lambda row: 1e-3 * row.forward_us),
-    Measure("backward (ms)", lambda row: 1e-3 * row.backward_us),
-    Measure("peak memory (MiB)", lambda row: row.peak_bytes and row.peak_bytes / 2**20),
-)
-
-
-def table(rows: Sequence[Row]) -> str:
-    header = ("task", "rival", "quality", "ripple", "parameters", "M multiply-adds")
-    lines: list[Sequence[str]] = [(*header, "forward ms", "backward ms", "peak MiB")]
-    for row in rows:
-        lines.append(
-            (
-                f"{row.task}, {row.measure}",
-                row.rival,
-                row.spread("quality"),
-                row.spread("ripple"),
-                str(row.parameters),
-                f"{1e-6 * row.multiply_adds:.1f}",
-                f"{1e-3 * row.forward_us:.2f}",
-                f"{1e-3 * row.backward_us:.2f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
-            )
-        )
-    return report.table(
-        lines,
-        "quality and ripple (1/255): mean ± half the range over seeds; the rest: the stages alone",
-    )
-
-
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Who wins against our transposed convolution, in each task and measure.
-
-    In quality and ripple a difference counts that every seed shows, and that is larger than what
-    lies between ours and torch's operator, which make the same network; elsewhere 5 % count.
-    """
-    lines = []
-    for task in dict.fromkeys(row.task for row in rows):
-        by_rival = {row.rival: row for row in rows if row.task == task}
-        ours, torchs = by_rival.pop(OURS), by_rival[TORCHS]
-        for measure in MEASURES:
-            if measure.value(ours) is None:
-                continue
-            chance = measure.chance(ours, torchs)
-            better, worse, level = [], [], []
-            for rival, row in by_rival.items():
-                if measure.beats(row, ours, chance):
-                    better.append(rival)
-                elif measure.beats(ours, row, chance):
-                    worse.append(rival)
-                else:
-                    level.append(rival)
-            verdict = "; ".join(
-                f"{how} " + ", ".join(f"{r} ({measure.mean(by_rival[r]):.4g})" for r in group)
-                for how, group in (
-                    ("BEATEN by", better),
-                    ("level with", level),
-                    ("ahead of", worse),
-                )
-                if group
-            )
-            name = ours.measure if measure.name == "quality" else measure.name
-            lines.append(f"{task}, {name}: {OURS} ({measure.mean(ours):.4g}) is {verdict}")
-    return lines
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """A row of panels for each task, a panel for each measure, a bar for each rival.
-
-    Dots are single seeds.
-    """
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    figure = Figure(figsize=(17, 3.2 * len(tasks)), layout="constrained")
-    grid = figure.subplots(len(tasks), len(MEASURES), squeeze=False)
-    colours = {rival: f"C{i}" for i, rival in enumerate(RIVALS)}
-    for task, axes_row in zip(tasks, grid, strict=True):
-        found = [row for row in rows if row.task == task]
-        for measure, axes in zip(MEASURES, axes_row, strict=True):
-            values = [measure.mean(row) or 0.0 for row in found]
-            axes.barh(range(len(found)), values, color=[colours[row.rival] for row in found])
-            name = found[0].measure if measure.name == "quality" else measure.name
-            axes.set_xlabel(name, fontsize=9)
-            axes.set_yticks(range(len(found)), [row.rival for row in found], fontsize=9)
-            axes.invert_yaxis()
-            axes.tick_params(axis="x", labelsize=8)
-            if axes is not axes_row[0]:
-                axes.set_yticklabels([])
-            if measure.name == "quality":
-                each = [value for row in found for value in row.quality]
-                room = 0.3 * (max(each) - min(each)) or 0.1 * max(each)
-                axes.set_xlim(min(each) - room, max(each) + room)  # bars from near the lowest
-                for i, row in enumerate(found):
-                    axes.plot(row.quality, [i] * len(row.quality), "k.", markersize=4)
-        axes_row[0].set_title(task, loc="left", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=75)
-    print(f"wrote {path}")
 
 
 def compare(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
