@@ -76,9 +76,6 @@ struct ActivationConstants<double> {
       1.9155130173865676,    2.7385884734099469,    2.420457521451686,     1.0};
 };
 
-template <class T>
-using Bits = Vector<typename IntegerOf<sizeof(T)>::type>;
-
 // The coefficients begin with that of the highest power. Pairs first: what waits for the result
 // waits for half as many steps as in Horner's scheme.
 template <class T, int kCount>

@@ -12,8 +12,8 @@
 #include "../parallel.h"
 #include "../reference/elements.h"
 #include "activate.h"
+#include "direct_row.h"
 #include "interleave.h"
-#include "microkernel.h"
 #include "pack_row.h"
 #include "profile.h"
 #include "scratch.h"
@@ -21,78 +21,6 @@
 namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
-
-// A packed row, and where the weights of its channel and kernel row are.
-template <class T>
-struct PackedRow {
-  const T* elements;
-  int64_t weights;
-};
-
-// The taps of one column phase over the packed rows that a row of the target reads.
-template <class T>
-struct RowSum {
-  const PackedRow<T>* packed;  // [rows]
-  int64_t rows;
-  const T* weights;
-  const int64_t* start;  // [taps] where in a packed row the tap begins
-  int64_t taps;
-};
-
-// Lanes that are not zero where a sum became NaN.
-template <class T>
-using Broken = Vector<typename IntegerOf<sizeof(T)>::type>;
-
-template <class T>
-inline bool any_lane(const Broken<T>& lanes) {
-  const Vector<int64_t> words = reinterpret_cast<Vector<int64_t>>(lanes);
-  int64_t any = 0;
-  for (int i = 0; i < kLanes<int64_t>; ++i) any |= words[i];
-  return any != 0;
-}
-
-// sums[i] (+)= sum over rows and taps of weight * packed[row][start[tap] + i], i < Vectors * kLanes
-template <int Vectors, class T>
-inline void sum_row_vectors(const RowSum<T>& r, int64_t i, T* sums, bool accumulate,
-                            Broken<T>& broken) {
-  constexpr int kN = kLanes<T>;
-  Vector<T> sum[Vectors];
-  for (int v = 0; v < Vectors; ++v) sum[v] = Vector<T>{};
-  for (const PackedRow<T>*row = r.packed, *const end = row + r.rows; row != end; ++row) {
-    const T *packed = row->elements + i, *weights = r.weights + row->weights;
-    for (int64_t tap = 0; tap < r.taps; ++tap) {
-      const T weight = weights[tap];
-      const T* source = packed + r.start[tap];
-      for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_vector(source + v * kN);
-    }
-  }
-  for (int v = 0; v < Vectors; ++v) {
-    if (accumulate) sum[v] += load_vector(sums + i + v * kN);
-    broken |= sum[v] != sum[v];
-    store_vector(sums + i + v * kN, sum[v]);
-  }
-}
-
-// The same for whole vectors that cover `length` positions, in two levels, as everywhere
-// (microkernel.h).
-template <class T>
-DECONV_PHASE void sum_rows(RowSum<T> r, int64_t length, T* sums, bool accumulate,
-                           Broken<T>& all_broken) {
-  constexpr int kN = kLanes<T>;
-  Broken<T> broken = all_broken;
-  const int64_t all = r.rows;
-  const int64_t at_once = all * r.taps <= kPartialSum ? max_of<int64_t>(1, all)
-                                                      : max_of<int64_t>(1, kPartialSum / r.taps);
-  for (int64_t first = 0; first == 0 || first < all; first += at_once, r.packed += at_once) {
-    r.rows = min_of(at_once, all - first);
-    int64_t i = 0;
-    for (; i + 7 * kN < length; i += 8 * kN) sum_row_vectors<8>(r, i, sums, accumulate, broken);
-    for (; i + 3 * kN < length; i += 4 * kN) sum_row_vectors<4>(r, i, sums, accumulate, broken);
-    for (; i < length; i += kN) sum_row_vectors<1>(r, i, sums, accumulate, broken);
-    accumulate = true;
-  }
-  all_broken = broken;
-}
 
 template <class S>
 struct Direct {
@@ -114,6 +42,7 @@ struct Direct {
     T* packed;           // [channel][slot][copy][pitch]
     int64_t* kept;       // [channel][slot] the source row that lies there
     PackedRow<T>* read;  // [kernel_h][channel] those that a row of the target reads
+    CopyRange* ranges;   // [copy] of a piece
     T* sums;             // [phase with taps][piece in whole vectors]
     T* zeros;            // of phases without taps
     const T** rows;      // [phase] of the interleaving
@@ -129,6 +58,7 @@ struct Direct {
       s.packed = carver.take<T>(packed_rows * row_elements);
       s.kept = carver.take<int64_t>(packed_rows);
       s.read = carver.take<PackedRow<T>>(plan.channels * p.h.kernel);
+      s.ranges = carver.take<CopyRange>(copies);
       s.sums = carver.take<T>(phases * sum_pitch());
       s.zeros = carver.take<T>(sum_pitch());
       s.rows = carver.take<const T*>(plan.w.target_step);
@@ -157,17 +87,50 @@ struct Direct {
           }
   }
 
+  const T* weights_of(int64_t group, int64_t row) const {
+    return weights + (group * plan.rows + row) * plan.channels * p.h.kernel * taps;
+  }
+  RowSum<T> phase_sum(int64_t i, const T* w, const PackedRow<T>* packed, int64_t count) const {
+    const RowPlan::ColumnPhase& phase = plan.phases[i];
+    return {packed, count, w + phase.first_tap, plan.starts.data() + phase.first_tap, phase.taps};
+  }
+
+  // Whether sums go from registers to the target: all phases have taps, few enough, and nothing but
+  // a bias is added.
+  static constexpr int64_t kMostStep = 4;
+  bool writes_in_place() const {
+    const int64_t step = plan.w.target_step;
+    int64_t most_taps = 0;
+    for (const RowPlan::ColumnPhase& phase : plan.phases) most_taps = max_of(most_taps, phase.taps);
+    return plan.keep && phases == step && (step == 1 || step == 2 || step == kMostStep) &&
+           plan.target.stride[3] == 1 && params.activation == Activation::kNone &&
+           plan.channels * p.h.kernel * most_taps <= kPartialSum;
+  }
+  // Whether a sum became NaN.
+  bool sum_in_place(int64_t n, int64_t group, int64_t row, int64_t t, int64_t j0, int64_t length,
+                    const PackedRow<T>* packed, int64_t count) const {
+    RowSum<T> sums[kMostStep];
+    const T* w = weights_of(group, row);
+    for (int64_t i = 0; i < phases; ++i) sums[i] = phase_sum(i, w, packed, count);
+    const int64_t step = plan.w.target_step, first = j0 * step;
+    S* to =
+        static_cast<S*>(plan.target.data) + plan.target.at(n, group * plan.rows + row, t, first);
+    const int64_t size = min_of(length * step, plan.w.target_size - first);
+    const T bias = bias_of(group * plan.rows + row);
+    return step == 1   ? sum_rows_in_place<1>(sums, to, size, bias)
+           : step == 2 ? sum_rows_in_place<2>(sums, to, size, bias)
+                       : sum_rows_in_place<kMostStep>(sums, to, size, bias);
+  }
+
   // sums[phase] (+)= the terms of `count` packed rows. Whether a sum became NaN.
   bool add_rows(int64_t group, int64_t row, const PackedRow<T>* packed, int64_t count,
                 int64_t length, bool accumulate, const Scratch& s) const {
-    const T* w = weights + (group * plan.rows + row) * plan.channels * p.h.kernel * taps;
-    Broken<T> broken{};
+    const T* w = weights_of(group, row);
+    Bits<T> broken{};
     in_phase(Phase::kProduct, [&] {
       for (int64_t i = 0; i < phases; ++i) {
-        const RowPlan::ColumnPhase& phase = plan.phases[i];
-        const RowSum<T> sum{packed, count, w + phase.first_tap,
-                            plan.starts.data() + phase.first_tap, phase.taps};
-        sum_rows(sum, length, s.sums + i * sum_pitch(), accumulate, broken);
+        sum_rows(phase_sum(i, w, packed, count), length, s.sums + i * sum_pitch(), accumulate,
+                 broken);
       }
     });
     return any_lane<T>(broken);
@@ -176,15 +139,22 @@ struct Direct {
   // Rows [t0, t1) of the target, all channels of one group.
   void rows(int64_t n, int64_t group, int64_t t0, int64_t t1) const {
     const Scratch s = carve();
+    const bool in_place = writes_in_place();
     for (int64_t j0 = 0; j0 < plan.positions; j0 += plan.piece) {
       const int64_t count = min_of(plan.piece, plan.positions - j0);
+      const RowPacker<S, T> packer(plan, s.ranges, j0);
       for (int64_t i = 0; plan.keep && i < plan.channels * plan.slots; ++i) s.kept[i] = kNoRow;
       AxisPosition at(plan.h, t0);
       for (int64_t t = t0; t < t1; ++t, at.next()) {
-        const int64_t read = plan.keep ? keep_rows(n, group, at, j0, s) : 0;
+        const int64_t read = plan.keep ? keep_rows(n, group, at, packer, s) : 0;
         for (int64_t row = 0; row < plan.rows; ++row) {
+          bool done = false;
+          if (in_place)
+            in_phase(Phase::kProduct,
+                     [&] { done = !sum_in_place(n, group, row, t, j0, count, s.read, read); });
+          if (done) continue;
           const bool broken = plan.keep ? add_rows(group, row, s.read, read, count, false, s)
-                                        : sum_one_by_one(n, group, row, at, j0, count, s);
+                                        : sum_one_by_one(n, group, row, at, count, packer, s);
           in_phase(Phase::kStore, [&] {
             if (broken) repair(n, group * plan.rows + row, t, j0, count, s);
             store(n, group * plan.rows + row, t, j0, count, s);
@@ -195,7 +165,7 @@ struct Direct {
   }
 
   // Has the rows that are read at `at` packed, and lists them.
-  int64_t keep_rows(int64_t n, int64_t group, const AxisPosition& at, int64_t j0,
+  int64_t keep_rows(int64_t n, int64_t group, const AxisPosition& at, const RowPacker<S, T>& packer,
                     const Scratch& s) const {
     int64_t count = 0;
     for (const PhaseTap& tap : at) {
@@ -207,7 +177,7 @@ struct Direct {
         T* packed = s.packed + place * row_elements;
         if (s.kept[place] != source)
           in_phase(Phase::kPack,
-                   [&] { pack_row<S>(plan, n, group * plan.channels + c, source, j0, packed); });
+                   [&] { packer.pack(n, group * plan.channels + c, source, packed); });
         s.kept[place] = source;
         s.read[count++] = {packed, (c * p.h.kernel + tap.k) * taps};
       }
@@ -215,8 +185,8 @@ struct Direct {
     return count;
   }
 
-  bool sum_one_by_one(int64_t n, int64_t group, int64_t row, const AxisPosition& at, int64_t j0,
-                      int64_t length, const Scratch& s) const {
+  bool sum_one_by_one(int64_t n, int64_t group, int64_t row, const AxisPosition& at, int64_t length,
+                      const RowPacker<S, T>& packer, const Scratch& s) const {
     bool broken = false;
     for (int64_t i = 0; i < phases * sum_pitch(); ++i) s.sums[i] = 0;
     for (int64_t c = 0; c < plan.channels; ++c)
@@ -224,7 +194,7 @@ struct Direct {
         const int64_t source = at.source(tap);
         if (source < 0) continue;
         in_phase(Phase::kPack,
-                 [&] { pack_row<S>(plan, n, group * plan.channels + c, source, j0, s.packed); });
+                 [&] { packer.pack(n, group * plan.channels + c, source, s.packed); });
         const PackedRow<T> packed{s.packed, (c * p.h.kernel + tap.k) * taps};
         broken |= add_rows(group, row, &packed, 1, length, true, s);
       }
@@ -251,6 +221,11 @@ struct Direct {
     }
   }
 
+  T bias_of(int64_t row) const {
+    return params.bias ? convert<T>(static_cast<const S*>(params.bias)[row * params.bias_stride])
+                       : T(0);
+  }
+
   // Bias and activation, of phases without taps too.
   void activate_phases(int64_t count, T bias, const Scratch& s) const {
     for (int64_t i = 0; i < phases; ++i)
@@ -264,8 +239,7 @@ struct Direct {
     const int64_t all = min_of(plan.w.target_step, plan.w.target_size);
     for (int64_t r = 0; r < all; ++r) s.rows[r] = s.zeros;
     for (int64_t i = 0; i < phases; ++i) s.rows[plan.phases[i].phase] = s.sums + i * sum_pitch();
-    T bias = params.bias ? convert<T>(static_cast<const S*>(params.bias)[row * params.bias_stride])
-                         : T(0);
+    T bias = bias_of(row);
     if (params.activation != Activation::kNone) {
       activate_phases(count, bias, s);
       bias = 0;

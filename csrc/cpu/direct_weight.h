@@ -169,8 +169,9 @@ struct DirectWeight {
   int64_t taps = static_cast<int64_t>(plan.taps.size());
 
   struct Scratch {
-    T* packed;         // [co][slot][copy][pitch], or a single row
-    int64_t* kept;     // [co][slot] line of dy that lies there
+    T* packed;      // [co][slot][copy][pitch], or a single row
+    int64_t* kept;  // [co][slot] line of dy that lies there
+    CopyRange* ranges;
     T* x;              // [ci][piece in whole vectors]
     const T** source;  // [kh][tap]
     T* sums;           // partial and total, [ci][co][kh][tap][lanes]
@@ -195,6 +196,7 @@ struct DirectWeight {
       Carver carver(memory);
       s.packed = carver.take<T>(kept_rows * row_elements);
       s.kept = carver.take<int64_t>(kept_rows);
+      s.ranges = carver.take<CopyRange>(plan.copies.size());
       s.x = carver.take<T>(ci_count * x_pitch);
       s.source = carver.take<const T*>(row_taps);
       s.sums = carver.take<T>(2 * ci_count * co_count * row_taps * kN);
@@ -205,6 +207,7 @@ struct DirectWeight {
 
     for (int64_t j0 = 0; j0 < plan.positions; j0 += piece) {
       const int64_t count = min_of(piece, plan.positions - j0);
+      const RowPacker<S, T> packer(plan, s.ranges, j0);
       for (int64_t i = 0; i < kept_rows; ++i) s.kept[i] = -1;
       for (int64_t line = t.line_begin; line < t.line_end; ++line) {
         const int64_t n = line / p.h.in, ih = line % p.h.in;
@@ -224,7 +227,7 @@ struct DirectWeight {
             T* packed = s.packed + place * row_elements;
             if (s.kept[place] != dy_line)
               in_phase(Phase::kPack,
-                       [&] { pack_row<S>(plan, n, group * group_out + co0 + co, oh, j0, packed); });
+                       [&] { packer.pack(n, group * group_out + co0 + co, oh, packed); });
             s.kept[place] = dy_line;
             for (int64_t tap = 0; tap < taps; ++tap) s.source[listed++] = packed + plan.starts[tap];
           }

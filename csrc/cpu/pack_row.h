@@ -19,58 +19,65 @@ inline CopyRange copy_range(const RowPlan& plan, const RowPlan::Copy& copy, int6
   return {first, max_of<int64_t>(0, min_of(-first, end)), end};
 }
 
-// Where every residue has its copy: the vectors of the row that all of them take whole, read once.
-// Returns which elements of each residue are done.
-template <int Step, class S, class T>
-inline Range split_row(const RowPlan& plan, const S* source, int64_t j0, T* to) {
-  constexpr int64_t kN = kLanes<T>;
-  T* at[Step];
-  Range inside{0, INT64_MAX};
-  for (int r = 0; r < Step; ++r) {
-    const CopyRange range = copy_range(plan, plan.copies[r], j0);
-    at[r] = to + r * plan.pitch - range.first;
-    inside.begin = max_of(inside.begin, range.first + range.begin);
-    inside.end = min_of(inside.end, range.first + range.end);
-  }
-  int64_t i = inside.begin;
-  for (; i + kN <= inside.end; i += kN) {
-    Vector<T> v[Step];
-    for (int r = 0; r < Step; ++r) v[r] = load_as<T>(source + i * Step + r * kN);
-    split_residues<T, Step>(v);
-    for (int r = 0; r < Step; ++r) store_vector(at[r] + i, v[r]);
-  }
-  return {inside.begin, i};
-}
-
-// All copies of one row, for positions from j0 on; zeros stand where the row ends.
+// Packs all copies of a row, for positions from j0 on; zeros stand where the row ends.
 template <class S, class T>
-DECONV_PHASE void pack_row(const RowPlan& plan, int64_t n, int64_t channel, int64_t row, int64_t j0,
-                           T* to) {
-  const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
-  const int64_t step = plan.w.source_step, pitch = plan.source.stride[3];
-  Range split{0, 0};
-  if (pitch == 1 && plan.all_residues)
-    split = step == 2   ? split_row<2>(plan, source, j0, to)
-            : step == 4 ? split_row<4>(plan, source, j0, to)
-                        : split;
-  for (const RowPlan::Copy& copy : plan.copies) {
-    const CopyRange range = copy_range(plan, copy, j0);
-    const auto pack = [&](int64_t begin, int64_t end) {
-      if (begin < end)
-        copy_strided(to + begin, source + ((range.first + begin) * step + copy.residue) * pitch,
-                     step * pitch, end - begin);
-    };
-    for (int64_t i = 0; i < range.begin; ++i) to[i] = 0;
-    if (split.begin < split.end) {
-      pack(range.begin, split.begin - range.first);
-      pack(split.end - range.first, range.end);
-    } else {
-      pack(range.begin, range.end);
+struct RowPacker {
+  static constexpr int64_t kN = kLanes<T>;
+
+  const RowPlan& plan;
+  CopyRange* ranges;  // [copies]
+  // Where every residue has its copy: the elements of each that whole vectors of the row give,
+  // which are read once.
+  Range split;
+
+  RowPacker(const RowPlan& given, CopyRange* memory, int64_t j0) : plan(given), ranges(memory) {
+    split = {0, INT64_MAX};
+    for (size_t i = 0; i < plan.copies.size(); ++i) {
+      const CopyRange& range = ranges[i] = copy_range(plan, plan.copies[i], j0);
+      split.begin = max_of(split.begin, range.first + range.begin);
+      split.end = min_of(split.end, range.first + range.end);
     }
-    for (int64_t i = range.end; i < plan.pitch; ++i) to[i] = 0;
-    to += plan.pitch;
+    const int64_t step = plan.w.source_step;
+    if (plan.source.stride[3] != 1 || !plan.all_residues || (step != 2 && step != 4) ||
+        split.end - split.begin < kN)
+      split = {0, 0};
   }
-}
+
+  DECONV_PHASE void pack(int64_t n, int64_t channel, int64_t row, T* to) const {
+    const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
+    const int64_t step = plan.w.source_step, pitch = plan.source.stride[3];
+    const bool is_split = split.begin < split.end;
+    if (is_split) step == 2 ? split_row<2>(source, to) : split_row<4>(source, to);
+    const int64_t copies = static_cast<int64_t>(plan.copies.size());
+    for (int64_t i = 0; i < copies; ++i, to += plan.pitch) {
+      const CopyRange range = ranges[i];
+      const auto copy = [&](int64_t begin, int64_t end) {
+        const S* from = source + ((range.first + begin) * step + plan.copies[i].residue) * pitch;
+        if (end - begin > 2) return copy_strided(to + begin, from, step * pitch, end - begin);
+        for (; begin < end; ++begin, from += step * pitch) to[begin] = convert<T>(*from);
+      };
+      for (int64_t e = 0; e < range.begin; ++e) to[e] = 0;
+      copy(range.begin, is_split ? split.begin - range.first : range.end);
+      if (is_split) copy(split.end - range.first, range.end);
+      for (int64_t e = range.end; e < plan.pitch; ++e) to[e] = 0;
+    }
+  }
+
+  template <int Step>
+  void split_row(const S* source, T* to) const {
+    T* at[Step];
+    for (int r = 0; r < Step; ++r) at[r] = to + r * plan.pitch - ranges[r].first;
+    const auto vectors = [&](int64_t i) {
+      Vector<T> v[Step];
+      for (int r = 0; r < Step; ++r) v[r] = load_as<T>(source + i * Step + r * kN);
+      split_residues<T, Step>(v);
+      for (int r = 0; r < Step; ++r) store_vector(at[r] + i, v[r]);
+    };
+    int64_t i = split.begin;
+    for (; i + kN <= split.end; i += kN) vectors(i);
+    if (i < split.end) vectors(split.end - kN);
+  }
+};
 
 }  // namespace DECONV_ISA
 }  // namespace cpu

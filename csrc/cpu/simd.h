@@ -29,6 +29,7 @@ constexpr int kRegisters = DECONV_VECTOR_REGISTERS;
 // registers. f is to be inlined (DECONV_INLINED behind its parameters).
 template <int N>
 struct Number {
+  static constexpr int value = N;
   constexpr operator int() const { return N; }
 };
 #define DECONV_INLINED __attribute__((always_inline))
@@ -181,6 +182,9 @@ template <>
 struct IntegerOf<8> {
   typedef int64_t type;
 };
+// What a vector is to the instructions that take bits, a mask for instance.
+template <class T>
+using Bits = Vector<typename IntegerOf<sizeof(T)>::type>;
 
 // The even lanes of a followed by b.
 template <class T>
