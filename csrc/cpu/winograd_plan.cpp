@@ -13,15 +13,17 @@ namespace {
 constexpr BlockLimits kLimits{256 << 10, 512 << 10, 128, 2304};
 // All phases of a row of the result may be summed together: more would leave the cache.
 constexpr int64_t kMostPhases = 16;
-// What the weights cost is shared by the images of a batch. How many they are must not matter.
-constexpr double kImages = 4;
 // Packing a kernel element of a group; where packed ones are more than stay in the last cache,
-// memory decides.
-constexpr double kWeight = 2.2, kFarWeight = 5, kWeightsInCache = 4 << 20;
+// memory decides, by bytes.
+constexpr double kWeight = 2.2, kFarByte = 1.25, kBytesInCache = 16 << 20;
+// What the weights cost is shared by the images of a batch. How many they are must not matter, so
+// some number stands for all. Of weights beyond the cache fewer: there "gemm" is half as fast again
+// for one image, and a tenth slower for many.
+constexpr double kImages = 4, kImagesFar = 2;
 
-double packed(double elements, int64_t groups) {
-  const bool near = elements * static_cast<double>(groups) <= kWeightsInCache;
-  return elements * (near ? kWeight : kFarWeight);
+double image_and_weights(double image, double elements, double bytes, bool far) {
+  return far ? kImagesFar * image + elements * kFarByte * bytes
+             : kImages * image + elements * kWeight;
 }
 
 // A vector of results, which "gemm" often writes while it multiplies; an element of a square that
@@ -154,9 +156,11 @@ bool winograd_pays(Op op, const Params& params, const TileShape* tiles, int tile
   const double gemm = choose_merging(op, params, tiles, tile_count, format).layout.cycles +
                       positions_of(direct) * taps * static_cast<double>(direct.channels) *
                           streamed(taps, direct, kPixelsOfBlock);
+  const auto bytes = static_cast<double>(format.element_bytes);
+  const bool far = weights * elements * bytes * static_cast<double>(direct.groups) > kBytesInCache;
   // Less than a tenth is not worth other roundings.
-  return kImages * cycles + packed(weights * elements, direct.groups) <
-         0.9 * (kImages * gemm + packed(weights * kernel, direct.groups));
+  return image_and_weights(cycles, weights * elements, bytes, far) <
+         0.9 * image_and_weights(gemm, weights * kernel, bytes, far);
 }
 
 std::vector<WinogradPlan> plan_winograd(Op op, const Params& params, const TileShape* tiles,
