@@ -14,6 +14,7 @@
 #include "activate.h"
 #include "direct_weight.h"
 #include "row_plan.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

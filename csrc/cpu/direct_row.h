@@ -2,7 +2,7 @@
 #pragma once
 
 #include "microkernel.h"
-#include "simd.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

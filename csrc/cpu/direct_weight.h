@@ -17,6 +17,7 @@
 #include "pack_row.h"
 #include "profile.h"
 #include "scratch.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

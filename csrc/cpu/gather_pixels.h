@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gather.h"
-#include "simd.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

@@ -6,6 +6,7 @@
 #include "activate.h"
 #include "gather_pixels.h"
 #include "interleave.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

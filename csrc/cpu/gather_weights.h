@@ -3,7 +3,7 @@
 
 #include "gather.h"
 #include "scratch.h"
-#include "simd.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

@@ -2,7 +2,7 @@
 // contiguous; writing them one by one would touch every cache line `stride` times.
 #pragma once
 
-#include "simd.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

@@ -22,6 +22,7 @@
 #include "microkernel.h"
 #include "profile.h"
 #include "scratch.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "gather_gemm.h"
+#include "shuffle.h"
 #include "winograd_plan.h"
 
 namespace deconv {
