@@ -11,6 +11,8 @@ namespace deconv {
 namespace cpu {
 namespace {
 
+// And at most so many pixels of a block.
+constexpr int64_t kMaxBlockPixels = 384;
 // 256 rows summed at a time: each packed pixel then serves as many multiply-adds.
 constexpr BlockLimits kLimits{kPanelBytes, 256 << 10, kLeastChannels, 256};
 // Rows of a chunk, if there are as many, where they lie next to each other in the target: of

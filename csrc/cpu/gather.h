@@ -57,6 +57,13 @@ inline double cycles_per_step(int rows, int vectors) {
   return std::max(rows * vectors, rows + vectors) / 2.0 + vectors / 4.0 + 0.5;
 }
 
+// Room for so many elements, an odd number of cache lines: what lies so far apart meets in no set
+// of a cache.
+inline int64_t odd_lines(int64_t elements, int64_t element_bytes) {
+  const int64_t line = 64 / element_bytes;
+  return (ceil_div(elements, line) | 1) * line;
+}
+
 struct GatherPlan {
   Params params;
   Op op;
@@ -141,8 +148,8 @@ struct GatherPlan {
   // that the product goes on from one to the next.
   int64_t tap_pitch(int64_t block_channels, int64_t element_bytes) const {
     if (rows_across) return block_channels;
-    const int64_t line = 64 / element_bytes, elements = block_channels * pixel_width;
-    return elements <= 8 * line ? elements : (ceil_div(elements, line) | 1) * line;
+    const int64_t elements = block_channels * pixel_width;
+    return elements * element_bytes <= 8 * 64 ? elements : odd_lines(elements, element_bytes);
   }
   // From one tile to the next.
   int64_t tile_pitch(int64_t block_channels, int64_t block_offsets, int64_t element_bytes) const {

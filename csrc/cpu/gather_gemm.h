@@ -96,6 +96,9 @@ struct GatherGemm {
       const auto pixels_of = [&](int64_t t) {
         return is_in_place(t) ? source + places[t].source : panel + t * panel_pitch;
       };
+      const auto offsets_of = [&](int64_t t) {
+        return is_in_place(t) ? in_place_offsets : row_offsets;
+      };
       // Tiles wait until there are many, or one has other segments.
       TileTask<T> waiting[kTilesAtOnce];
       int64_t waiting_count = 0, listed = -1;  // for which tile of pixels the segments are
@@ -124,7 +127,7 @@ struct GatherGemm {
         if (segments.count == 0 && accumulate && !to.bias) return;
         const T *w = weights + channels * row * g.taps, *x = pixels_of(t);
         waiting[waiting_count++] = {plan.rows_across ? x : w, plan.rows_across ? w : x,
-                                    is_in_place(t) ? in_place_offsets : row_offsets, to};
+                                    offsets_of(t), to};
         if (waiting_count == kTilesAtOnce) multiply_waiting();
       };
       const int64_t steps = g.taps * channels;
@@ -142,10 +145,9 @@ struct GatherGemm {
           for (int64_t s = 0; s < segments.count; ++s)
             for (int64_t i = 0; i < segments.list[s].length; ++i)
               at[count++] = segments.list[s].a + i;
-          tile.multiply_short(
-              steps,
-              {weights, targets, row_tiles, is_in_place(t) ? source : pixels_of(t), places + t,
-               end - t, panel_pitch, is_in_place(t) ? in_place_offsets : row_offsets, at});
+          tile.multiply_short(steps,
+                              {weights, targets, row_tiles, is_in_place(t) ? source : pixels_of(t),
+                               places + t, end - t, panel_pitch, offsets_of(t), at});
         }
         multiply_waiting();
         continue;

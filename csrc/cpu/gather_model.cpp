@@ -17,6 +17,8 @@ int64_t positions_inside(const AxisTaps& axis, int64_t lowest, int64_t highest) 
   return std::max<int64_t>(0, last - first + 1);
 }
 
+// Channels of a flat image packed at a time are at least so many.
+constexpr int64_t kFewestChannels = 8;
 // Flat pixels: a vector that crosses cache lines is loaded twice, and channels lie strewn.
 constexpr double kUnaligned = 1.18;
 // Where a group's channels are a part of each pixel, lines that are read in place lie strewn too,

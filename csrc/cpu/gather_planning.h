@@ -26,11 +26,8 @@ constexpr int64_t kPanelBytes = 256 << 10;
 // Pixels of a block: many enough to reuse a weight panel from L1, few enough for the two bounds
 // above.
 constexpr int64_t kBlockPixels = 96;
-constexpr int64_t kMaxBlockPixels = 384;
 // Channels packed at a time, if there are as many: long runs, even if fewer offsets fit then.
 constexpr int64_t kLeastChannels = 64;
-// But so few if the images are wide and flat.
-constexpr int64_t kFewestChannels = 8;
 
 // A model of one thread's cycles: what copying costs, measured roughly. A run is a short contiguous
 // piece; far elements lie in lines of their own, which serve other pixels too unless they are lone.

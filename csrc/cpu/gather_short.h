@@ -5,7 +5,7 @@
 //
 //     c[pixel][row] = sum over k < Steps of x[pixel][at k] * weight[k][row] + bias[row]
 //
-// Terms are added in the order of multiply_tile, so a result does not depend on which of the two
+// Terms are added in the order of multiply_tiles, so a result does not depend on which of the two
 // computed it.
 #pragma once
 

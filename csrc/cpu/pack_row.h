@@ -56,10 +56,10 @@ struct RowPacker {
         if (end - begin > 2) return copy_strided(to + begin, from, step * pitch, end - begin);
         for (; begin < end; ++begin, from += step * pitch) to[begin] = convert<T>(*from);
       };
-      for (int64_t e = 0; e < range.begin; ++e) to[e] = 0;
+      clear(to, range.begin);
       copy(range.begin, is_split ? split.begin - range.first : range.end);
       if (is_split) copy(split.end - range.first, range.end);
-      for (int64_t e = range.end; e < plan.pitch; ++e) to[e] = 0;
+      clear(to + range.end, plan.pitch - range.end);
     }
   }
 

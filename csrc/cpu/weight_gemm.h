@@ -157,11 +157,9 @@ struct WeightGemm {
 
   // A block of `lines` lines touches at most so many images; each has a patch of its own.
   int64_t images() const { return lines <= 1 ? 1 : (lines + p.h.in - 2) / p.h.in + 1; }
-  // From one co's patches to the next: an odd number of cache lines, so that many of them meet in
-  // no set of a cache.
+  // From one co's patches to the next.
   int64_t patch_pitch() const {
-    const int64_t cache_line = 64 / sizeof(T);
-    return (ceil_div(images() * patch_h.extent * patch_w.extent, cache_line) | 1) * cache_line;
+    return odd_lines(images() * patch_h.extent * patch_w.extent, sizeof(T));
   }
   int64_t parts() const { return p.groups * chunks_o * chunks_h * chunks_w * lane_parts; }
   int64_t sum_rows() const { return (outputs + patch_outputs - 1) / patch_outputs * patch_rows; }
@@ -208,12 +206,13 @@ struct WeightGemm {
     SegmentList segments;
     TileTask<T>* tasks;
     int64_t* row_offsets;
-    const int64_t pixels = lines * line, segment_pixels = min_of(line, p.w.in);
+    const int64_t pixels = lines * line, segment_pixels = min_of(line, p.w.in),
+                  pitch = patch_pitch();
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       own_sums = carver.take<T>(sums ? 0 : part_elements());
       packed_x = carver.take<T>(lane_tiles * pixels * width);
-      patches = carver.take<T>(patch_outputs * patch_pitch());
+      patches = carver.take<T>(patch_outputs * pitch);
       strips = carver.take<Strip>(images());
       segments.list = carver.take<Segment>(lines);
       tasks = carver.take<TileTask<T>>(patch_rows / tile.rows);
@@ -252,9 +251,8 @@ struct WeightGemm {
         for (int64_t co = 0; co < count; ++co)
           for (int64_t kh = 0; kh < part.kernel_h; ++kh)
             for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              row_offsets[row_of(part, co, kh, kw)] = co * patch_pitch() +
-                                                      kh * patch_h.tap_step * patch_w.extent +
-                                                      kw * patch_w.tap_step;
+              row_offsets[row_of(part, co, kh, kw)] =
+                  co * pitch + kh * patch_h.tap_step * patch_w.extent + kw * patch_w.tap_step;
         T* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
         segments.step_a = patch_w.pixel_step;
         segments.step_b = width;
@@ -290,8 +288,7 @@ struct WeightGemm {
     const S* from = static_cast<const S*>(params.x.data) +
                     params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
     const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
-    if (lanes < width)
-      for (int64_t i = 0; i < length * width; ++i) to[i] = 0;
+    if (lanes < width) clear(to, length * width);
     if (channel == 1) {
       for (int64_t i = 0; i < length; ++i) copy_strided(to + i * width, from + i * pixel, 1, lanes);
     } else if (pixel == 1) {
@@ -326,8 +323,8 @@ struct WeightGemm {
         }
         T* row = to + eh * extent + piece * length;
         for (int64_t co = 0; co < count; ++co) {
-          for (int64_t i = 0; i < head; ++i) row[co * pitch + i] = 0;
-          for (int64_t i = tail; i < length; ++i) row[co * pitch + i] = 0;
+          clear(row + co * pitch, head);
+          clear(row + co * pitch + tail, length - tail);
         }
         if (head == tail) continue;
         const S* dy = from + oh * params.y.stride[2] + start * params.y.stride[3] + head * stride;
