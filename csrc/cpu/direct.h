@@ -2,9 +2,9 @@
 // few channels a group, where a matrix product has nothing to reuse. The equation and the packed
 // rows are those of row_plan.h.
 //
-//   for each row t of the target, in pieces of columns:
-//     pack the source rows that it reads, unless the last row of the target read them too
-//     for each channel of the target and column phase r:
+//   for each block of rows of the target, in pieces of columns:
+//     pack the source rows that they read
+//     for each channel of the target, row t and column phase r:
 //       sum over terms of weight * packed row, a few vectors of positions at a time in registers
 //     add the bias, apply the activation, put the phases back into their places, round, store
 #pragma once
@@ -25,74 +25,65 @@ namespace DECONV_ISA {
 template <class S>
 struct Direct {
   using T = typename Arithmetic<S>::type;
-  static constexpr int64_t kNoRow = -1;
 
   const Op op;
   const Params& params;
-  const RowPlan& plan;
-  T* weights;  // [group][row][channel][kh][tap], taps phase by phase
+  const ImagePlan& plan;
+  T* weights;  // [group][row][term]
   const Problem& p = params.problem;
-  int64_t copies = static_cast<int64_t>(plan.copies.size());
   int64_t phases = static_cast<int64_t>(plan.phases.size());
-  int64_t taps = static_cast<int64_t>(plan.taps.size());
-  int64_t row_elements = copies * plan.pitch;  // of one packed row
+  int64_t row_elements = plan.row_elements();
+  int64_t pitch = plan.h.source_step * row_elements;  // from one position along h to the next
+  bool in_place = writes_in_place();
 
   // What a task works with.
   struct Scratch {
-    T* packed;           // [channel][slot][copy][pitch]
-    int64_t* kept;       // [channel][slot] the source row that lies there
-    PackedRow<T>* read;  // [kernel_h][channel] those that a row of the target reads
-    CopyRange* ranges;   // [copy] of a piece
-    T* sums;             // [phase with taps][piece in whole vectors]
-    T* zeros;            // of phases without taps
-    const T** rows;      // [phase] of the interleaving
+    T* packed;          // [channel][image row][copy][pitch], or a single row
+    CopyRange* ranges;  // [copy] of a piece
+    T* sums;            // [phase with taps][piece in whole vectors]
+    T* zeros;           // of phases without taps
+    const T** rows;     // [phase] of the interleaving
   };
 
   int64_t sum_pitch() const { return round_up<int64_t>(plan.piece, kLanes<T>); }
 
   Scratch carve() const {
     Scratch s;
-    const int64_t packed_rows = plan.keep ? plan.channels * plan.slots : 1;
     const auto take = [&](void* memory) {
       Carver carver(memory);
-      s.packed = carver.take<T>(packed_rows * row_elements);
-      s.kept = carver.take<int64_t>(packed_rows);
-      s.read = carver.take<PackedRow<T>>(plan.channels * p.h.kernel);
-      s.ranges = carver.take<CopyRange>(copies);
+      s.packed = carver.take<T>((plan.keep ? plan.channels * plan.image_rows : 1) * row_elements);
+      s.ranges = carver.take<CopyRange>(plan.copies.size());
       s.sums = carver.take<T>(phases * sum_pitch());
       s.zeros = carver.take<T>(sum_pitch());
       s.rows = carver.take<const T*>(plan.w.target_step);
       return carver.used();
     };
     take(thread_scratch(take(nullptr)));
-    for (int64_t i = 0; i < sum_pitch(); ++i) s.zeros[i] = 0;
+    clear(s.zeros, sum_pitch());
     return s;
   }
 
-  int64_t weight_elements() const {
-    return plan.groups * plan.rows * plan.channels * p.h.kernel * taps;
-  }
+  int64_t weight_elements() const { return plan.groups * plan.rows * plan.all_terms(); }
 
   void pack_weights() const {
-    T* to = weights;
-    for (int64_t group = 0; group < plan.groups; ++group)
-      for (int64_t row = 0; row < plan.rows; ++row)
-        for (int64_t c = 0; c < plan.channels; ++c)
-          for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
-            const S* from = static_cast<const S*>(params.w.data) +
-                            (op == Op::kForward ? params.w.at(group * plan.channels + c, row, kh, 0)
-                                                : params.w.at(group * plan.rows + row, c, kh, 0));
-            for (int64_t tap = 0; tap < taps; ++tap)
-              *to++ = convert<T>(from[plan.taps[tap].k * params.w.stride[3]]);
-          }
+    for (int64_t i = 0; i < plan.groups * plan.rows; ++i) {
+      const int64_t group = i / plan.rows, row = i % plan.rows;
+      T* to = weights + i * plan.all_terms();
+      plan.for_each_term([&](int64_t c, int64_t th, int64_t tw) {
+        const int64_t kh = plan.h.taps[th].k, kw = plan.taps[tw].k;
+        *to++ = convert<T>(static_cast<const S*>(
+            params.w.data)[op == Op::kForward ? params.w.at(group * plan.channels + c, row, kh, kw)
+                                              : params.w.at(group * plan.rows + row, c, kh, kw)]);
+      });
+    }
   }
 
-  const T* weights_of(int64_t group, int64_t row) const {
-    return weights + (group * plan.rows + row) * plan.channels * p.h.kernel * taps;
-  }
-  RowSum<T> phase_sum(int64_t i, const T* w, const PackedRow<T>* packed, int64_t count) const {
+  // Of all channels, for a row of the target with this phase.
+  Terms<T> terms(int64_t group, int64_t row, int64_t h_phase, int64_t i) const {
     const RowPlan::ColumnPhase& phase = plan.phases[i];
-    return {packed, count, w + phase.first_tap, plan.starts.data() + phase.first_tap, phase.taps};
+    const int64_t first = plan.first_term(h_phase, phase);
+    return {weights + (group * plan.rows + row) * plan.all_terms() + first,
+            plan.places.data() + first, plan.terms(h_phase, phase)};
   }
 
   // Whether sums go from registers to the target: all phases have taps, few enough, and nothing but
@@ -100,105 +91,114 @@ struct Direct {
   static constexpr int64_t kMostStep = 4;
   bool writes_in_place() const {
     const int64_t step = plan.w.target_step;
-    int64_t most_taps = 0;
-    for (const RowPlan::ColumnPhase& phase : plan.phases) most_taps = max_of(most_taps, phase.taps);
-    return plan.keep && phases == step && (step == 1 || step == 2 || step == kMostStep) &&
-           plan.target.stride[3] == 1 && params.activation == Activation::kNone &&
-           plan.channels * p.h.kernel * most_taps <= kPartialSum;
+    if (!plan.keep || phases != step || (step != 1 && step != 2 && step != kMostStep) ||
+        plan.target.stride[3] != 1 || params.activation != Activation::kNone)
+      return false;
+    int64_t most = 0;
+    for (int64_t r = 0; r < plan.h_phases(); ++r)
+      for (const RowPlan::ColumnPhase& phase : plan.phases)
+        most = max_of(most, plan.terms(r, phase));
+    return most <= kPartialSum;
   }
-  // Whether a sum became NaN.
-  bool sum_in_place(int64_t n, int64_t group, int64_t row, int64_t t, int64_t j0, int64_t length,
-                    const PackedRow<T>* packed, int64_t count) const {
-    RowSum<T> sums[kMostStep];
-    const T* w = weights_of(group, row);
-    for (int64_t i = 0; i < phases; ++i) sums[i] = phase_sum(i, w, packed, count);
-    const int64_t step = plan.w.target_step, first = j0 * step;
-    S* to =
-        static_cast<S*>(plan.target.data) + plan.target.at(n, group * plan.rows + row, t, first);
-    const int64_t size = min_of(length * step, plan.w.target_size - first);
-    const T bias = bias_of(group * plan.rows + row);
-    return step == 1   ? sum_rows_in_place<1>(sums, to, size, bias)
-           : step == 2 ? sum_rows_in_place<2>(sums, to, size, bias)
-                       : sum_rows_in_place<kMostStep>(sums, to, size, bias);
-  }
-
-  // sums[phase] (+)= the terms of `count` packed rows. Whether a sum became NaN.
-  bool add_rows(int64_t group, int64_t row, const PackedRow<T>* packed, int64_t count,
-                int64_t length, bool accumulate, const Scratch& s) const {
-    const T* w = weights_of(group, row);
-    Bits<T> broken{};
-    in_phase(Phase::kProduct, [&] {
-      for (int64_t i = 0; i < phases; ++i) {
-        sum_rows(phase_sum(i, w, packed, count), length, s.sums + i * sum_pitch(), accumulate,
-                 broken);
-      }
-    });
-    return any_lane<T>(broken);
-  }
-
-  // Rows [t0, t1) of the target, all channels of one group.
-  void rows(int64_t n, int64_t group, int64_t t0, int64_t t1) const {
+  // The rows of a group at positions [h0, h1).
+  void rows(int64_t n, int64_t group, int64_t h0, int64_t h1) const {
     const Scratch s = carve();
-    const bool in_place = writes_in_place();
     for (int64_t j0 = 0; j0 < plan.positions; j0 += plan.piece) {
       const int64_t count = min_of(plan.piece, plan.positions - j0);
       const RowPacker<S, T> packer(plan, s.ranges, j0);
-      for (int64_t i = 0; plan.keep && i < plan.channels * plan.slots; ++i) s.kept[i] = kNoRow;
-      AxisPosition at(plan.h, t0);
-      for (int64_t t = t0; t < t1; ++t, at.next()) {
-        const int64_t read = plan.keep ? keep_rows(n, group, at, packer, s) : 0;
-        for (int64_t row = 0; row < plan.rows; ++row) {
-          bool done = false;
-          if (in_place)
-            in_phase(Phase::kProduct,
-                     [&] { done = !sum_in_place(n, group, row, t, j0, count, s.read, read); });
-          if (done) continue;
-          const bool broken = plan.keep ? add_rows(group, row, s.read, read, count, false, s)
-                                        : sum_one_by_one(n, group, row, at, count, packer, s);
-          in_phase(Phase::kStore, [&] {
-            if (broken) repair(n, group * plan.rows + row, t, j0, count, s);
-            store(n, group * plan.rows + row, t, j0, count, s);
-          });
+      if (plan.keep) in_phase(Phase::kPack, [&] { pack_image(n, group, h0, h1, packer, s); });
+      for (int64_t row = 0; row < plan.rows; ++row) {
+        bool done = false;
+        if (in_place)
+          in_phase(Phase::kProduct,
+                   [&] { done = !sum_block_in_place(n, group, row, h0, h1, j0, count, s); });
+        if (!done) sum_block(n, group, row, h0, h1, j0, count, packer, s);
+      }
+    }
+  }
+
+  void pack_image(int64_t n, int64_t group, int64_t h0, int64_t h1, const RowPacker<S, T>& packer,
+                  const Scratch& s) const {
+    const int64_t first = h0 * plan.h.source_step + plan.first_offset,
+                  count = plan.image_rows - (plan.rows_at_once - (h1 - h0)) * plan.h.source_step;
+    for (int64_t c = 0; c < plan.channels; ++c)
+      for (int64_t i = 0; i < count; ++i) {
+        T* to = s.packed + (c * plan.image_rows + i) * row_elements;
+        if (first + i < 0 || first + i >= plan.h.source_size) {
+          clear(to, row_elements);
+        } else {
+          packer.pack(n, group * plan.channels + c, first + i, to);
         }
       }
-    }
   }
 
-  // Has the rows that are read at `at` packed, and lists them.
-  int64_t keep_rows(int64_t n, int64_t group, const AxisPosition& at, const RowPacker<S, T>& packer,
-                    const Scratch& s) const {
-    int64_t count = 0;
-    for (const PhaseTap& tap : at) {
-      const int64_t source = at.source(tap);
-      if (source < 0) continue;
-      const int64_t slot = plan.slot_of[source];
-      for (int64_t c = 0; c < plan.channels; ++c) {
-        const int64_t place = c * plan.slots + slot;
-        T* packed = s.packed + place * row_elements;
-        if (s.kept[place] != source)
-          in_phase(Phase::kPack,
-                   [&] { packer.pack(n, group * plan.channels + c, source, packed); });
-        s.kept[place] = source;
-        s.read[count++] = {packed, (c * p.h.kernel + tap.k) * taps};
-      }
-    }
-    return count;
-  }
-
-  bool sum_one_by_one(int64_t n, int64_t group, int64_t row, const AxisPosition& at, int64_t length,
-                      const RowPacker<S, T>& packer, const Scratch& s) const {
+  // Whether a sum became NaN.
+  bool sum_block_in_place(int64_t n, int64_t group, int64_t row, int64_t h0, int64_t h1, int64_t j0,
+                          int64_t count, const Scratch& s) const {
+    const int64_t step_h = plan.h.target_step, step = plan.w.target_step;
+    const int64_t first = j0 * step, size = min_of(count * step, plan.w.target_size - first);
+    const T bias = bias_of(group * plan.rows + row);
     bool broken = false;
-    for (int64_t i = 0; i < phases * sum_pitch(); ++i) s.sums[i] = 0;
+    for (int64_t r = 0; r < plan.h_phases(); ++r) {
+      const int64_t t = h0 * step_h + r;
+      Terms<T> of_phase[kMostStep];
+      for (int64_t i = 0; i < step; ++i) of_phase[i] = terms(group, row, r, i);
+      const EqualRows<S, T> equal{
+          ceil_div(min_of(h1 * step_h, plan.h.target_size) - t, step_h),
+          s.packed,
+          pitch,
+          static_cast<S*>(plan.target.data) + plan.target.at(n, group * plan.rows + row, t, first),
+          step_h * plan.target.stride[2],
+          size};
+      broken |= step == 1   ? sum_rows_in_place<1>(of_phase, equal, bias)
+                : step == 2 ? sum_rows_in_place<2>(of_phase, equal, bias)
+                            : sum_rows_in_place<kMostStep>(of_phase, equal, bias);
+    }
+    return broken;
+  }
+
+  void sum_block(int64_t n, int64_t group, int64_t row, int64_t h0, int64_t h1, int64_t j0,
+                 int64_t count, const RowPacker<S, T>& packer, const Scratch& s) const {
+    for (int64_t t = h0 * plan.h.target_step;
+         t < min_of(h1 * plan.h.target_step, plan.h.target_size); ++t) {
+      const AxisPosition at(plan.h, t);
+      Bits<T> broken{};
+      if (plan.keep) {
+        in_phase(Phase::kProduct, [&] {
+          for (int64_t i = 0; i < phases; ++i)
+            sum_rows(terms(group, row, at.r, i), s.packed + (at.j - h0) * pitch, count,
+                     s.sums + i * sum_pitch(), false, broken);
+        });
+      } else {
+        sum_one_by_one(n, group, row, at, count, packer, s, broken);
+      }
+      in_phase(Phase::kStore, [&] {
+        if (any_lane<T>(broken)) repair(n, group * plan.rows + row, t, j0, count, s);
+        store(n, group * plan.rows + row, t, j0, count, s);
+      });
+    }
+  }
+
+  void sum_one_by_one(int64_t n, int64_t group, int64_t row, const AxisPosition& at, int64_t count,
+                      const RowPacker<S, T>& packer, const Scratch& s, Bits<T>& broken) const {
+    clear(s.sums, phases * sum_pitch());
     for (int64_t c = 0; c < plan.channels; ++c)
       for (const PhaseTap& tap : at) {
         const int64_t source = at.source(tap);
         if (source < 0) continue;
         in_phase(Phase::kPack,
                  [&] { packer.pack(n, group * plan.channels + c, source, s.packed); });
-        const PackedRow<T> packed{s.packed, (c * p.h.kernel + tap.k) * taps};
-        broken |= add_rows(group, row, &packed, 1, length, true, s);
+        in_phase(Phase::kProduct, [&] {
+          for (int64_t i = 0; i < phases; ++i) {
+            const RowPlan::ColumnPhase& phase = plan.phases[i];
+            Terms<T> of_row = terms(group, row, at.r, i);
+            of_row.weight += (c * plan.h_taps(at.r) + (&tap - at.begin())) * phase.taps;
+            of_row.place = plan.starts.data() + phase.first_tap;
+            of_row.count = phase.taps;
+            sum_rows(of_row, s.packed, count, s.sums + i * sum_pitch(), true, broken);
+          }
+        });
       }
-    return broken;
   }
 
   // Zeros that stand for padding turn into NaN against infinite weights. Whatever came out as NaN
@@ -257,21 +257,20 @@ struct Direct {
 
 template <class S>
 void direct(Op op, const Params& params, int threads) {
-  const RowPlan plan = plan_rows(op, params, kLanes<typename Arithmetic<S>::type>);
+  const ImagePlan plan = plan_image(op, params, kLanes<typename Arithmetic<S>::type>);
   Direct<S> kernel{op, params, plan, nullptr};
   kernel.weights = static_cast<typename Direct<S>::T*>(
       call_scratch(kernel.weight_elements() * sizeof(typename Direct<S>::T)));
   kernel.pack_weights();
   // A task is some rows of all planes of a group: enough to read packed rows again, not so many
   // that threads go without.
-  const int64_t planes = params.problem.batch * plan.groups;
-  const int64_t most = (plan.h.target_size * planes + 4 * threads - 1) / (4 * threads);
-  const int64_t each = max_of<int64_t>(1, min_of<int64_t>(32, most));
-  const int64_t parts = (plan.h.target_size + each - 1) / each;
+  const int64_t planes = params.problem.batch * plan.groups, all = plan.h_positions();
+  const int64_t most = (all * planes + 4 * threads - 1) / (4 * threads);
+  const int64_t each = max_of<int64_t>(1, min_of(plan.rows_at_once, most));
+  const int64_t parts = (all + each - 1) / each;
   parallel_for(planes * parts, threads, [&](int64_t task) {
     const int64_t plane = task / parts, first = task % parts * each;
-    kernel.rows(plane / plan.groups, plane % plan.groups, first,
-                min_of(first + each, plan.h.target_size));
+    kernel.rows(plane / plan.groups, plane % plan.groups, first, min_of(first + each, all));
   });
 }
 

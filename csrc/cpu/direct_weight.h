@@ -161,7 +161,7 @@ struct DirectWeight {
   static constexpr int kN = kLanes<T>;
 
   const Params& params;
-  const RowPlan& plan;  // of grad_input: its source is dy
+  const KeptRowsPlan& plan;
   const WeightTasks& tasks;
   int64_t ins, outs;  // channels of x and dy in a unit
   T* partial;         // [part][ci][co][kh][kw]
@@ -189,8 +189,7 @@ struct DirectWeight {
                   co_count = min_of(outs, group_out - co0);
     const int64_t row_taps = (t.row_end - t.row_begin) * taps;
     const int64_t piece = min_of(plan.piece, kPartialSum * kN),
-                  x_pitch = round_up<int64_t>(piece, kN),
-                  row_elements = static_cast<int64_t>(plan.copies.size()) * plan.pitch;
+                  x_pitch = round_up<int64_t>(piece, kN), row_elements = plan.row_elements();
     const int64_t kept_rows = plan.keep ? co_count * plan.slots : 1;
     Scratch s;
     const auto carve = [&](void* memory) {
@@ -273,7 +272,7 @@ void direct_weight(const Params& params, int threads) {
   using T = typename Arithmetic<S>::type;
   constexpr int64_t kN = kLanes<T>;
   const Problem& p = params.problem;
-  const RowPlan plan = plan_rows(Op::kGradInput, params, kN);
+  const KeptRowsPlan plan = plan_kept_rows(params, kN);
   // As many channels in a unit as their sums allow: each has its rows packed once.
   const int64_t group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
   const int64_t kernel_rows = plan.keep ? p.h.kernel : 1,

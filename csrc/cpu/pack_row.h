@@ -46,20 +46,34 @@ struct RowPacker {
   DECONV_PHASE void pack(int64_t n, int64_t channel, int64_t row, T* to) const {
     const S* source = static_cast<const S*>(plan.source.data) + plan.source.at(n, channel, row, 0);
     const int64_t step = plan.w.source_step, pitch = plan.source.stride[3];
+    const int64_t copies = static_cast<int64_t>(plan.copies.size());
+    // Zeros first: whole vectors of them may cover what elements then take.
+    for (int64_t i = 0; i < copies; ++i) {
+      T* copy = to + i * plan.pitch;
+      const auto zeros = [&](int64_t begin, int64_t end) {
+        for (; begin < end; begin += kN)
+          store_vector(copy + min_of(begin, plan.pitch - kN), Vector<T>{});
+      };
+      zeros(0, ranges[i].begin);
+      zeros(ranges[i].end, plan.pitch);
+    }
     const bool is_split = split.begin < split.end;
     if (is_split) step == 2 ? split_row<2>(source, to) : split_row<4>(source, to);
-    const int64_t copies = static_cast<int64_t>(plan.copies.size());
     for (int64_t i = 0; i < copies; ++i, to += plan.pitch) {
       const CopyRange range = ranges[i];
-      const auto copy = [&](int64_t begin, int64_t end) {
-        const S* from = source + ((range.first + begin) * step + plan.copies[i].residue) * pitch;
-        if (end - begin > 2) return copy_strided(to + begin, from, step * pitch, end - begin);
-        for (; begin < end; ++begin, from += step * pitch) to[begin] = convert<T>(*from);
+      const auto element = [&](int64_t at) {
+        return source + ((range.first + at) * step + plan.copies[i].residue) * pitch;
       };
-      clear(to, range.begin);
-      copy(range.begin, is_split ? split.begin - range.first : range.end);
-      if (is_split) copy(split.end - range.first, range.end);
-      clear(to + range.end, plan.pitch - range.end);
+      if (is_split) {
+        // A residue has few elements besides.
+        for (int64_t k = range.begin; k < split.begin - range.first; ++k)
+          to[k] = convert<T>(*element(k));
+        for (int64_t k = split.end - range.first; k < range.end; ++k)
+          to[k] = convert<T>(*element(k));
+      } else if (range.begin < range.end) {
+        copy_strided(to + range.begin, element(range.begin), step * pitch, range.end - range.begin,
+                     plan.pitch - range.begin);
+      }
     }
   }
 

@@ -9,6 +9,8 @@ namespace {
 // Packed rows stay in L2 (elements); a piece of a row is long enough to hide what a row costs.
 constexpr int64_t kPacked = 64 << 10, kMostPacked = 256 << 10;
 constexpr int64_t kLeastPiece = 64, kMostPiece = 4096;
+// Rows of the target that share an image.
+constexpr int64_t kTargetRows = 32;
 // Taps further apart than this get copies of their own: scratch must not grow with the dilation.
 constexpr int64_t kMostShift = 64;
 
@@ -44,6 +46,35 @@ void plan_columns(RowPlan& plan) {
   }
 }
 
+// Axes and columns.
+void plan_rows(RowPlan& plan, Op op, const Params& params) {
+  const Problem& p = params.problem;
+  const bool forward = op == Op::kForward;
+  plan.groups = p.groups;
+  plan.source = forward ? params.x : params.y;
+  plan.target = forward ? params.y : params.x;
+  plan.channels = (forward ? p.c_in : p.c_out) / p.groups;
+  plan.rows = (forward ? p.c_out : p.c_in) / p.groups;
+  plan.h = plan_axis(op, p.h);
+  plan.w = plan_axis(op, p.w);
+  plan.positions = ceil_div(plan.w.target_size, plan.w.target_step);
+  plan_columns(plan);
+}
+
+// Pieces for so many packed rows. Whether they fit.
+bool choose_piece(RowPlan& plan, int64_t rows, int lanes) {
+  int64_t most_shift = 0;
+  for (const RowPlan::ColumnTap& tap : plan.taps) most_shift = std::max(most_shift, tap.shift);
+  const int64_t each = std::max<int64_t>(1, rows * static_cast<int64_t>(plan.copies.size()));
+  plan.piece =
+      std::min(plan.positions, std::min(kMostPiece, std::max(kLeastPiece, kPacked / each)));
+  plan.pitch = ceil_div(plan.piece, lanes) * lanes + most_shift;
+  plan.starts.clear();
+  for (const RowPlan::ColumnTap& tap : plan.taps)
+    plan.starts.push_back(tap.copy * plan.pitch + tap.shift);
+  return each * plan.pitch <= kMostPacked;
+}
+
 }  // namespace
 
 AxisPlan plan_axis(Op op, const Axis& axis) {
@@ -61,44 +92,48 @@ AxisPlan plan_axis(Op op, const Axis& axis) {
   return plan;
 }
 
-RowPlan plan_rows(Op op, const Params& params, int lanes) {
-  const Problem& p = params.problem;
-  const bool forward = op == Op::kForward;
-  RowPlan plan{};
-  plan.groups = p.groups;
-  plan.source = forward ? params.x : params.y;
-  plan.target = forward ? params.y : params.x;
-  plan.channels = (forward ? p.c_in : p.c_out) / p.groups;
-  plan.rows = (forward ? p.c_out : p.c_in) / p.groups;
-  plan.h = plan_axis(op, p.h);
-  plan.w = plan_axis(op, p.w);
-  plan.positions = ceil_div(plan.w.target_size, plan.w.target_step);
-  plan_columns(plan);
-
-  // Consecutive kernel rows read source rows that are this far apart.
-  const int64_t row_step =
-      forward ? p.h.dilation / std::gcd(p.h.dilation, p.h.stride) : p.h.dilation;
-  const int64_t copies = static_cast<int64_t>(plan.copies.size());
-  plan.slots =
-      forward ? ceil_div(p.h.kernel, p.h.stride / std::gcd(p.h.stride, p.h.dilation)) : p.h.kernel;
-  while (std::gcd(row_step, plan.slots) != 1) ++plan.slots;
-  int64_t most_shift = 0;
-  for (const RowPlan::ColumnTap& tap : plan.taps) most_shift = std::max(most_shift, tap.shift);
-  const auto choose_piece = [&](int64_t rows) {
-    const int64_t each = std::max<int64_t>(1, rows * copies);
-    plan.piece =
-        std::min(plan.positions, std::min(kMostPiece, std::max(kLeastPiece, kPacked / each)));
-    plan.pitch = ceil_div(plan.piece, lanes) * lanes + most_shift;
-    return each * plan.pitch;
-  };
-  plan.keep = choose_piece(plan.channels * plan.slots) <= kMostPacked;
+KeptRowsPlan plan_kept_rows(const Params& params, int lanes) {
+  const Axis& axis = params.problem.h;
+  KeptRowsPlan plan{};
+  plan_rows(plan, Op::kGradInput, params);
+  plan.slots = axis.kernel;
+  while (std::gcd(axis.dilation, plan.slots) != 1) ++plan.slots;
+  plan.keep = choose_piece(plan, plan.channels * plan.slots, lanes);
   if (!plan.keep) {
     plan.slots = 1;
-    choose_piece(1);
+    choose_piece(plan, 1, lanes);
   }
   for (int64_t row = 0; row < plan.h.source_size; ++row) plan.slot_of.push_back(row % plan.slots);
-  for (const RowPlan::ColumnTap& tap : plan.taps)
-    plan.starts.push_back(tap.copy * plan.pitch + tap.shift);
+  return plan;
+}
+
+ImagePlan plan_image(Op op, const Params& params, int lanes) {
+  ImagePlan plan{};
+  plan_rows(plan, op, params);
+  const auto by_offset = [](const PhaseTap& a, const PhaseTap& b) { return a.offset < b.offset; };
+  const auto ends = std::minmax_element(plan.h.taps.begin(), plan.h.taps.end(), by_offset);
+  const bool any = !plan.h.taps.empty();
+  plan.first_offset = any ? ends.first->offset : 0;
+  const int64_t span = any ? ends.second->offset - plan.first_offset + 1 : 0;
+  // At least as many rows as the first of them reads, or most would be packed again.
+  plan.rows_at_once =
+      std::max(ceil_div(kTargetRows, plan.h.target_step), ceil_div(span, plan.h.source_step));
+  plan.rows_at_once = std::max<int64_t>(1, std::min(plan.rows_at_once, plan.h_positions()));
+  for (;; plan.rows_at_once = ceil_div(plan.rows_at_once, 2)) {
+    plan.image_rows = (plan.rows_at_once - 1) * plan.h.source_step + span;
+    plan.keep = choose_piece(plan, plan.channels * plan.image_rows, lanes);
+    if (plan.keep || plan.rows_at_once == 1) break;
+  }
+  if (!plan.keep) {
+    choose_piece(plan, 1, lanes);
+    return plan;
+  }
+  plan.places.reserve(static_cast<size_t>(plan.all_terms()));
+  plan.for_each_term([&](int64_t c, int64_t th, int64_t tw) {
+    const int64_t row =
+        c * plan.image_rows + plan.h.taps[static_cast<size_t>(th)].offset - plan.first_offset;
+    plan.places.push_back(row * plan.row_elements() + plan.starts[static_cast<size_t>(tw)]);
+  });
   return plan;
 }
 

@@ -1,5 +1,5 @@
-// The plan of the direct gather (direct.h): forward and grad_input of problems with few channels a
-// group, as sums of rows.
+// The plans of the direct algorithms: forward and grad_input (direct.h) and grad_weight
+// (direct_weight.h) of problems with few channels a group, as sums of rows.
 //
 //     target[n, row, t, j * target_step + r] = bias[row] + sum over channels c, kernel rows kh, and
 //     taps (kw, offset) of phase r of      source[n, c, s(t, kh), j * source_step + offset] *
@@ -73,15 +73,61 @@ struct RowPlan {
   std::vector<int64_t> starts;      // [taps] copy * pitch + shift: what the tap reads
   int64_t piece;                    // positions handled at a time
   int64_t pitch;                    // elements of a copy: a piece in whole vectors, and the shifts
-  // Whether packed rows are kept for the next rows of the target: s(t, kh) of a channel lies in
-  // slot s % slots of the channel, without conflicts within one t. Too many to keep are packed one
-  // at a time.
+  // Whether packed rows are kept for all that reads them. Too many to keep are packed one at a
+  // time.
   bool keep;
+
+  int64_t row_elements() const { return static_cast<int64_t>(copies.size()) * pitch; }
+};
+
+// The rows of dy that grad_weight multiplies (direct_weight.h) are kept line by line: s(t, kh) of a
+// channel lies in slot s % slots of the channel, without conflicts within one t.
+struct KeptRowsPlan : RowPlan {
   int64_t slots;
   std::vector<int64_t> slot_of;  // [source rows] s % slots, or 0 if they are not kept
 };
 
-RowPlan plan_rows(Op op, const Params& params, int lanes);
+KeptRowsPlan plan_kept_rows(const Params& params, int lanes);
+
+// Of forward and grad_input, all rows that neighbouring rows of the target read are packed first,
+// as an image with zero rows above and below: [channel][image row][copy][pitch]. To each phase
+// (h, w) belongs a list of terms, whose places do not change from one row of the target to the
+// next.
+struct ImagePlan : RowPlan {
+  int64_t rows_at_once;         // positions along h whose rows are packed together
+  int64_t first_offset;         // source row of the first image row, from that of a position
+  int64_t image_rows;           // of rows_at_once positions
+  std::vector<int64_t> places;  // [terms] where a term reads, if rows are kept
+
+  int64_t h_positions() const { return ceil_div(h.target_size, h.target_step); }
+  // Terms [h phase][w phase][channel][h tap][w tap].
+  int64_t all_terms() const { return channels * static_cast<int64_t>(h.taps.size() * taps.size()); }
+  int64_t h_phases() const { return static_cast<int64_t>(h.first_tap.size()) - 1; }
+  int64_t h_taps(int64_t h_phase) const {
+    const size_t r = static_cast<size_t>(h_phase);
+    return h.first_tap[r + 1] - h.first_tap[r];
+  }
+  int64_t first_term(int64_t h_phase, const ColumnPhase& phase) const {
+    return channels *
+           (h.first_tap[static_cast<size_t>(h_phase)] * static_cast<int64_t>(taps.size()) +
+            h_taps(h_phase) * phase.first_tap);
+  }
+  int64_t terms(int64_t h_phase, const ColumnPhase& phase) const {
+    return channels * h_taps(h_phase) * phase.taps;
+  }
+  // Calls visit(channel, h tap, w tap) for every term.
+  template <class Visit>
+  void for_each_term(const Visit& visit) const {
+    for (size_t r = 0; r + 1 < h.first_tap.size(); ++r)
+      for (const ColumnPhase& phase : phases)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t th = h.first_tap[r]; th < h.first_tap[r + 1]; ++th)
+            for (int64_t tw = phase.first_tap; tw < phase.first_tap + phase.taps; ++tw)
+              visit(c, th, tw);
+  }
+};
+
+ImagePlan plan_image(Op op, const Params& params, int lanes);
 
 }  // namespace cpu
 }  // namespace deconv
