@@ -58,35 +58,31 @@ struct Depthwise {
     for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(values + v * kN);
   }
 
-  // to[c + i] = start[c + i] + sum over both axes' terms of weight * source, i < Vectors * kN
+  // to[i] = start[i] + sum over both axes' terms of weight * source, for Vectors of channels from c
+  // on, or for `channels` fewer than a vector
   template <int Vectors>
-  void sum_terms(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to) const {
+  void sum_terms(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to,
+                 int64_t channels = kN) const {
+    const auto load = [&](const auto* from, int v) DECONV_INLINED {
+      return Vectors > 1 || channels == kN ? load_as<T>(from + v * kN)
+                                           : load_first<T>(from, channels);
+    };
     Vector<T> sums[Vectors];
-    for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(start + c + v * kN);
+    for (int v = 0; v < Vectors; ++v) sums[v] = load(start + c, v);
     for (int64_t i = 0; i < h.count; ++i)
       for (int64_t j = 0; j < w.count; ++j) {
         const S* x = source + h.list[i].source + w.list[j].source + c;
         const T* weight = weights + h.list[i].weight + w.list[j].weight + c;
-        for (int v = 0; v < Vectors; ++v)
-          sums[v] += load_vector(weight + v * kN) * load_as<T>(x + v * kN);
+        for (int v = 0; v < Vectors; ++v) sums[v] += load(weight, v) * load(x, v);
       }
     activate(sums);
-    for (int v = 0; v < Vectors; ++v)
-      for (int i = 0; i < kN; ++i) to[c + v * kN + i] = convert<S>(sums[v][i]);
-  }
-
-  void sum_terms_of_one(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to) const {
-    T sum = start[c];
-    for (int64_t i = 0; i < h.count; ++i)
-      for (int64_t j = 0; j < w.count; ++j)
-        sum += weights[h.list[i].weight + w.list[j].weight + c] *
-               convert<T>(source[h.list[i].source + w.list[j].source + c]);
-    if (params.activation != Activation::kNone) {
-      Vector<T> lanes[1] = {broadcast(sum)};
-      activate(lanes);
-      sum = lanes[0][0];
+    for (int v = 0; v < Vectors; ++v) {
+      if (Vectors > 1 || channels == kN) {
+        store_as(to + c + v * kN, sums[v]);
+      } else {
+        store_first_as(to + c, sums[v], channels);
+      }
     }
-    to[c] = convert<S>(sum);
   }
 
   // The taps of one index of the target that read inside.
@@ -117,8 +113,8 @@ struct Depthwise {
       int64_t c = 0;
       for (; c + kVectors * kN <= p.c_in; c += kVectors * kN)
         sum_terms<kVectors>(h, w, image, c, start, to);
-      for (; c + kN <= p.c_in; c += kN) sum_terms<1>(h, w, image, c, start, to);
-      for (; c < p.c_in; ++c) sum_terms_of_one(h, w, image, c, start, to);
+      for (; c < p.c_in; c += kN)
+        sum_terms<1>(h, w, image, c, start, to, min_of<int64_t>(kN, p.c_in - c));
     }
   }
 };

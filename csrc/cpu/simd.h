@@ -107,7 +107,15 @@ DECONV_INLINE void multiply_add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 
 inline Vector<float> widen(HalfWords v, BFloat16) {
-  return reinterpret_cast<Vector<float>>(__builtin_convertvector(v, Vector<uint32_t>) << 16);
+  // One instruction, of which the compiler makes three.
+#if DECONV_VECTOR_BYTES == 64
+  const __m512i words = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v));
+#elif DECONV_VECTOR_BYTES == 32
+  const __m256i words = _mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v));
+#else
+  const Vector<uint32_t> words = __builtin_convertvector(v, Vector<uint32_t>);
+#endif
+  return reinterpret_cast<Vector<float>>(reinterpret_cast<Vector<uint32_t>>(words) << 16);
 }
 inline Vector<float> widen(HalfWords v, Float16) {
 #if DECONV_VECTOR_BYTES == 64
@@ -133,32 +141,26 @@ inline Vector<T> load_as(const S* p) {
   }
 }
 
-// Float32 rounded to 16-bit storage, to the nearest, ties to even.
-#if DECONV_VECTOR_BYTES == 64
+// Float32 rounded to 16-bit storage, to the nearest, ties to even. A NaN stays one.
+inline HalfWords narrow(Vector<float> v, BFloat16) {
+  typedef Vector<uint32_t> Words;
+  const Words bits = reinterpret_cast<Words>(v), high = bits >> 16;
+  const Words rounded = (bits + (0x7fff + (high & 1))) >> 16;
+  return __builtin_convertvector(v == v ? rounded : high | 0x40, HalfWords);
+}
 inline HalfWords narrow(Vector<float> v, Float16) {
+#if DECONV_VECTOR_BYTES == 64
   return reinterpret_cast<HalfWords>(
       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-}
-inline HalfWords narrow(Vector<float> v, BFloat16) {
-  const __m512i bits = reinterpret_cast<__m512i>(v), high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __mmask16 nan =
-      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+#elif DECONV_VECTOR_BYTES == 32
   return reinterpret_cast<HalfWords>(
-      _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))));
-}
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
-template <class S>
-inline HalfWords narrow(Vector<float> v, S) {
   HalfWords words;
-  S stored[kLanes<float>];
-  for (int i = 0; i < kLanes<float>; ++i) stored[i] = convert<S>(v[i]);
-  __builtin_memcpy(&words, stored, sizeof(words));
+  for (int i = 0; i < kLanes<float>; ++i) words[i] = convert<Float16>(v[i]).bits;
   return words;
-}
 #endif
+}
 
 // A vector of T to consecutive elements of the storage type.
 template <class S, class V>
@@ -186,22 +188,47 @@ struct IntegerOf<8> {
 template <class T>
 using Bits = Vector<typename IntegerOf<sizeof(T)>::type>;
 
-// The even lanes of a followed by b.
-template <class T>
-inline Vector<T> even_lanes(Vector<T> a, Vector<T> b) {
+// The even lanes of a followed by b, or the odd ones.
+template <class T, bool Odd>
+inline Vector<T> alternate_lanes(Vector<T> a, Vector<T> b) {
+#if DECONV_VECTOR_BYTES == 32
+  // Within halves, then the pairs to their places: the compiler needs one instruction more.
+  if constexpr (sizeof(T) == 4) {
+    const __m256 pairs = _mm256_shuffle_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                           Odd ? 0xdd : 0x88);
+    return reinterpret_cast<Vector<T>>(
+        _mm256_permute4x64_pd(reinterpret_cast<__m256d>(pairs), 0xd8));
+  }
+#endif
   typedef typename IntegerOf<sizeof(T)>::type Index;
   Vector<Index> mask;
-  for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i);
+  for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i + Odd);
   return __builtin_shuffle(a, b, mask);
 }
-
-// The odd lanes of a followed by b.
+template <class T>
+inline Vector<T> even_lanes(Vector<T> a, Vector<T> b) {
+  return alternate_lanes<T, false>(a, b);
+}
 template <class T>
 inline Vector<T> odd_lanes(Vector<T> a, Vector<T> b) {
-  typedef typename IntegerOf<sizeof(T)>::type Index;
-  Vector<Index> mask;
-  for (int i = 0; i < kLanes<T>; ++i) mask[i] = static_cast<Index>(2 * i + 1);
-  return __builtin_shuffle(a, b, mask);
+  return alternate_lanes<T, true>(a, b);
+}
+
+// The first `count` of 16-bit elements, fewer than a vector: a call of memcpy would cost more.
+inline void copy_first(void* to, const void* from, int64_t count) {
+  char* t = static_cast<char*>(to);
+  const char* f = static_cast<const char*>(from);
+  const auto copy = [&](auto bytes) DECONV_INLINED {
+    if (!(2 * count & bytes)) return;
+    __builtin_memcpy(t, f, bytes);
+    t += bytes;
+    f += bytes;
+  };
+  copy(Number<32>{});
+  copy(Number<16>{});
+  copy(Number<8>{});
+  copy(Number<4>{});
+  copy(Number<2>{});
 }
 
 // The first `count` lanes, 0 <= count <= kLanes: memory beyond them is not touched, lanes beyond
@@ -231,7 +258,7 @@ inline Vector<T> load_first(const S* p, int64_t count) {
 #if DECONV_VECTOR_BYTES == 64
     words = reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
 #else
-    __builtin_memcpy(&words, p, count * sizeof(S));
+    copy_first(&words, p, count);
 #endif
     return widen(words, S{});
   }
@@ -278,7 +305,7 @@ inline void store_first_as(S* p, V v, int64_t count) {
 #if DECONV_VECTOR_BYTES == 64
     _mm256_mask_storeu_epi16(p, (1u << count) - 1, reinterpret_cast<__m256i>(words));
 #else
-    __builtin_memcpy(p, &words, count * sizeof(S));
+    copy_first(p, &words, count);
 #endif
   } else {
     store_first<S>(p, v, count);
