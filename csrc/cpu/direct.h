@@ -78,12 +78,14 @@ struct Direct {
     }
   }
 
-  // Of all channels, for a row of the target with this phase.
+  const T* weights_of(int64_t group, int64_t row) const {
+    return weights + (group * plan.rows + row) * plan.all_terms();
+  }
+  // Of all channels, for a row of the target with this phase; rows are kept.
   Terms<T> terms(int64_t group, int64_t row, int64_t h_phase, int64_t i) const {
     const RowPlan::ColumnPhase& phase = plan.phases[i];
     const int64_t first = plan.first_term(h_phase, phase);
-    return {weights + (group * plan.rows + row) * plan.all_terms() + first,
-            plan.places.data() + first, plan.terms(h_phase, phase)};
+    return {weights_of(group, row) + first, plan.places.data() + first, plan.terms(h_phase, phase)};
   }
 
   // Whether sums go from registers to the target: all phases have taps, few enough, and nothing but
@@ -100,6 +102,7 @@ struct Direct {
         most = max_of(most, plan.terms(r, phase));
     return most <= kPartialSum;
   }
+
   // The rows of a group at positions [h0, h1).
   void rows(int64_t n, int64_t group, int64_t h0, int64_t h1) const {
     const Scratch s = carve();
@@ -159,9 +162,10 @@ struct Direct {
 
   void sum_block(int64_t n, int64_t group, int64_t row, int64_t h0, int64_t h1, int64_t j0,
                  int64_t count, const RowPacker<S, T>& packer, const Scratch& s) const {
-    for (int64_t t = h0 * plan.h.target_step;
-         t < min_of(h1 * plan.h.target_step, plan.h.target_size); ++t) {
-      const AxisPosition at(plan.h, t);
+    const int64_t t0 = h0 * plan.h.target_step,
+                  t1 = min_of(h1 * plan.h.target_step, plan.h.target_size);
+    AxisPosition at(plan.h, t0);
+    for (int64_t t = t0; t < t1; ++t, at.next()) {
       Bits<T> broken{};
       if (plan.keep) {
         in_phase(Phase::kProduct, [&] {
@@ -191,11 +195,10 @@ struct Direct {
         in_phase(Phase::kProduct, [&] {
           for (int64_t i = 0; i < phases; ++i) {
             const RowPlan::ColumnPhase& phase = plan.phases[i];
-            Terms<T> of_row = terms(group, row, at.r, i);
-            of_row.weight += (c * plan.h_taps(at.r) + (&tap - at.begin())) * phase.taps;
-            of_row.place = plan.starts.data() + phase.first_tap;
-            of_row.count = phase.taps;
-            sum_rows(of_row, s.packed, count, s.sums + i * sum_pitch(), true, broken);
+            const T* weight = weights_of(group, row) + plan.first_term(at.r, phase) +
+                              (c * plan.h_taps(at.r) + (&tap - at.begin())) * phase.taps;
+            sum_rows(Terms<T>{weight, plan.starts.data() + phase.first_tap, phase.taps}, s.packed,
+                     count, s.sums + i * sum_pitch(), true, broken);
           }
         });
       }

@@ -214,7 +214,8 @@ inline Vector<T> odd_lanes(Vector<T> a, Vector<T> b) {
   return alternate_lanes<T, true>(a, b);
 }
 
-// The first `count` of 16-bit elements, fewer than a vector: a call of memcpy would cost more.
+// The first `count` of 16-bit elements, at most half of an AVX2 register: a call of memcpy would
+// cost more.
 inline void copy_first(void* to, const void* from, int64_t count) {
   char* t = static_cast<char*>(to);
   const char* f = static_cast<const char*>(from);
@@ -224,7 +225,6 @@ inline void copy_first(void* to, const void* from, int64_t count) {
     t += bytes;
     f += bytes;
   };
-  copy(Number<32>{});
   copy(Number<16>{});
   copy(Number<8>{});
   copy(Number<4>{});
