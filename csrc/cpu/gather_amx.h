@@ -1,65 +1,18 @@
 // "gemm" for forward and grad_input in bfloat16 by AMX: the gather product (gather_gemm.h) whose
 // register tiles are tiles of AMX.
 //
-//     C[m][n] += sum over pairs of channels k of A[m][k].even * B[k][n].even + A[m][k].odd *
-//     B[k][n].odd
-//
-// One instruction takes 16 rows, 16 lanes and 16 pairs; products are exact, sums are float32. As
-// everywhere one side is weights and the other pixels (plan.rows_across). A tile of A is 16 rows of
-// 16 pairs, what channels_last pixels are in memory; a tile of B is 16 pairs of 16 lanes, a packed
-// panel. Denormal operands count as zero, whatever the caller's setting: the instruction knows no
-// other way.
+// As everywhere one side is weights and the other pixels (plan.rows_across). A tile of A is 16 rows
+// of 16 pairs, what channels_last pixels are in memory; a tile of B is 16 pairs of 16 lanes, a
+// packed panel.
 #pragma once
 
+#include "amx.h"
 #include "gather_gemm.h"
 #include "pairs.h"
 
 namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
-
-// Pairs, rows and lanes of a tile register.
-constexpr int64_t kAmxSide = 16;
-
-// Registers by number, in the text of an instruction. No memory is named: a tile is too large.
-template <int Register>
-DECONV_INLINE void load_amx(const float* p, int64_t pitch) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(pitch * 4), "i"(Register) : "memory");
-}
-template <int Register>
-DECONV_INLINE void store_amx(float* p, int64_t pitch) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(pitch * 4), "i"(Register) : "memory");
-}
-template <int Register>
-DECONV_INLINE void clear_amx() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(Register));
-}
-template <int C, int A, int B>
-DECONV_INLINE void multiply_amx() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
-
-// Tile registers belong to a thread, whose other code may shape them otherwise. So each product
-// begins by shaping them, all as 16 rows of 64 bytes, and leaves them free.
-struct AmxSession {
-  AmxSession() {
-    struct {
-      uint8_t palette, start, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } shape{};
-    static_assert(sizeof(shape) == 64, "as the instruction reads it");
-    shape.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      shape.row_bytes[i] = 64;
-      shape.rows[i] = kAmxSide;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(shape));
-  }
-  ~AmxSession() { asm volatile("tilerelease"); }
-  AmxSession(const AmxSession&) = delete;
-  AmxSession& operator=(const AmxSession&) = delete;
-};
 
 // 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter
 // side, and in turns what is left for the longer one.

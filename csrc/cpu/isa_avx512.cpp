@@ -25,7 +25,12 @@
 #include <unistd.h>
 #endif
 #pragma GCC push_options
+#ifdef DECONV_EMULATED
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#include "emulated_avx512.h"
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#endif
 #define DECONV_ISA avx512
 #define DECONV_VECTOR_BYTES 64
 #define DECONV_VECTOR_REGISTERS 32
@@ -39,6 +44,9 @@ namespace deconv {
 namespace cpu {
 namespace {
 bool supported() {
+#ifdef DECONV_EMULATED
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("fma");
@@ -55,6 +63,9 @@ namespace {
 // The processor has AMX for bfloat16, and the system lets this process use its registers, for which
 // one has to ask.
 bool amx_supported() {
+#ifdef DECONV_EMULATED
+  return supported();
+#endif
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a, b, c, d;

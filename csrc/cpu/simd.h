@@ -91,7 +91,13 @@ DECONV_INLINE void keep_in_register(int64_t& v) { asm("" : "+r"(v)); }
 // itself, the compiler lets sums change places with factors, and moves them back after each step.
 template <class T>
 DECONV_INLINE void multiply_add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
-#if DECONV_VECTOR_BYTES >= 32
+#if DECONV_VECTOR_BYTES == 64 && defined(DECONV_EMULATED)
+  if constexpr (sizeof(T) == 4) {
+    sum = emulated::fmadd_ps(a, b, sum);
+  } else {
+    sum = emulated::fmadd_pd(a, b, sum);
+  }
+#elif DECONV_VECTOR_BYTES >= 32
   if constexpr (sizeof(T) == 4) {
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   } else {
