@@ -103,6 +103,11 @@ def test_amx_multiplies_what_it_is_for(isa: str) -> None:
             for op in ("forward", "grad_input"):
                 flushed = not run(op, case, t).any()
                 assert flushed == (isa == "amx" and whole), (op, channels)
+            for outputs in (3, 5):  # a quarter of a tile's rows is filled, or less
+                case = make_case("outputs", (1, channels, 5, 6), outputs, 3, 2, 1, 1)
+                t = t._replace(dy=t.dy.new_full((1, outputs, *t.dy.shape[2:]), 1024))
+                flushed = not run("grad_weight", case, t).any()
+                assert flushed == (isa == "amx" and outputs == 5), outputs
 
 
 @pytest.mark.parametrize("isa", C.cpu_isas())
@@ -116,7 +121,7 @@ def test_bfloat16_of_any_strides(isa: str) -> None:
             t = plain._replace(
                 x=relayout(plain.x, x), w=relayout(plain.w, w), dy=relayout(plain.dy, dy)
             )
-            for op in ("forward", "grad_input"):
+            for op in OPERATIONS:
                 assert_equal(run(op, case, t), results[op].to(torch.bfloat16), (op, x, w, dy))
         last = cast(operands, torch.bfloat16, "channels_last")
         odd = last._replace(x=at_odd_address(last.x), w=at_odd_address(last.w))

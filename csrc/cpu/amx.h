@@ -17,13 +17,13 @@ namespace DECONV_ISA {
 constexpr int64_t kAmxSide = 16;
 
 #ifdef DECONV_EMULATED
-template <int Register>
-inline void load_amx(const float* p, int64_t pitch) {
-  emulated::load_tile(Register, p, pitch);
+template <int Register, class E>
+inline void load_amx(const E* p, int64_t pitch) {
+  emulated::load_tile(Register, p, pitch * sizeof(E));
 }
 template <int Register>
 inline void store_amx(float* p, int64_t pitch) {
-  emulated::store_tile(Register, p, pitch);
+  emulated::store_tile(Register, p, pitch * sizeof(float));
 }
 template <int Register>
 inline void clear_amx() {
@@ -36,13 +36,16 @@ inline void multiply_amx() {
 using AmxSession = emulated::TileSession;
 #else
 // Registers by number, in the text of an instruction. No memory is named: a tile is too large.
-template <int Register>
-DECONV_INLINE void load_amx(const float* p, int64_t pitch) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(pitch * 4), "i"(Register) : "memory");
+// Rows are `pitch` elements of E apart, and need not be aligned.
+template <int Register, class E>
+DECONV_INLINE void load_amx(const E* p, int64_t pitch) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(pitch * sizeof(E)), "i"(Register)
+               : "memory");
 }
 template <int Register>
 DECONV_INLINE void store_amx(float* p, int64_t pitch) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(pitch * 4), "i"(Register) : "memory");
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(pitch * sizeof(float)), "i"(Register)
+               : "memory");
 }
 template <int Register>
 DECONV_INLINE void clear_amx() {
@@ -75,6 +78,60 @@ struct AmxSession {
   AmxSession& operator=(const AmxSession&) = delete;
 };
 #endif
+
+// 16 RM rows times 16 RN lanes. Registers: sums, the shorter side, and in turns what is left for
+// the longer one.
+template <int RM, int RN>
+struct AmxProduct {
+  static constexpr bool kHoldA = RM <= RN;
+  static constexpr int kHeld = RM * RN, kTurns = kHeld + (kHoldA ? RM : RN), kLeft = 8 - kTurns;
+  static_assert(kLeft >= 1, "the tile must stay in registers");
+
+  // The sums begin with what is in c, or with zero.
+  DECONV_INLINE static void begin(const float* c, int64_t pitch, bool accumulate) {
+    unroll<RM * RN>([&](auto i) {
+      if (accumulate) {
+        load_amx<i>(c + i / RN * kAmxSide * pitch + i % RN * kAmxSide, pitch);
+      } else {
+        clear_amx<i>();
+      }
+    });
+  }
+
+  // Pairs in whole tiles. Rows of A, `pitch_a` apart, hold pairs side by side; those of the next
+  // tile of A are `step_a` away. B has its lanes side by side.
+  template <class E>
+  DECONV_INLINE static void add(const E* a, int64_t pitch_a, int64_t step_a, const float* b,
+                                int64_t pitch_b, int64_t pairs) {
+    for (; pairs > 0; pairs -= kAmxSide) {
+      if constexpr (kHoldA) {
+        unroll<RM>([&](auto m) { load_amx<kHeld + m>(a + m * kAmxSide * pitch_a, pitch_a); });
+        unroll<RN>([&](auto n) {
+          load_amx<kTurns + n % kLeft>(b + n * kAmxSide, pitch_b);
+          unroll<RM>([&](auto m) { multiply_amx<m * RN + n, kHeld + m, kTurns + n % kLeft>(); });
+        });
+      } else {
+        unroll<RN>([&](auto n) { load_amx<kHeld + n>(b + n * kAmxSide, pitch_b); });
+        unroll<RM>([&](auto m) {
+          load_amx<kTurns + m % kLeft>(a + m * kAmxSide * pitch_a, pitch_a);
+          unroll<RN>([&](auto n) { multiply_amx<m * RN + n, kTurns + m % kLeft, kHeld + n>(); });
+        });
+      }
+      a += step_a;
+      b += kAmxSide * pitch_b;
+    }
+  }
+
+  DECONV_INLINE static void end(float* c, int64_t pitch) {
+    unroll<RM * RN>(
+        [&](auto i) { store_amx<i>(c + i / RN * kAmxSide * pitch + i % RN * kAmxSide, pitch); });
+  }
+};
+
+// A multiplication takes 16 cycles for 16 pairs, a load 8.
+inline double amx_cycles_per_step(int rm, int rn) {
+  return max_of<double>(rm * rn, 0.5 * (rm + rn)) + 0.25 * rn;
+}
 
 }  // namespace DECONV_ISA
 }  // namespace cpu

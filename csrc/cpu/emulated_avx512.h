@@ -1,7 +1,9 @@
 // The instructions of AVX-512 and AMX that isa_avx512.cpp uses, in AVX2: so that its kernels can be
 // tested on a processor without them. Nothing of this is in a binary that is not asked for it:
 //
-//     CXX="g++ -DDECONV_EMULATED" DECONV_EXT_CACHE=<directory> python -m deconv_ext build
+//     CXX=./emulating DECONV_EXT_CACHE=emulated python -m deconv_ext build
+//
+// where the script `emulating` is: exec g++ -DDECONV_EMULATED "$@"
 //
 // The compiler itself takes vectors of 64 bytes apart; here is what names an instruction. Results
 // are those of the instructions, bit by bit but for the order of sums within a tile product.
@@ -112,11 +114,13 @@ inline TileRows& tile(int index) {
   if (!tiles().shaped) __builtin_trap();  // as the processor does
   return tiles().at[index];
 }
-inline void load_tile(int index, const float* p, int64_t pitch) {
-  for (int i = 0; i < 16; ++i) std::memcpy(tile(index)[i], p + i * pitch, 64);
+// Rows are so many bytes apart.
+inline void load_tile(int index, const void* p, int64_t pitch) {
+  for (int i = 0; i < 16; ++i)
+    std::memcpy(tile(index)[i], static_cast<const char*>(p) + i * pitch, 64);
 }
-inline void store_tile(int index, float* p, int64_t pitch) {
-  for (int i = 0; i < 16; ++i) std::memcpy(p + i * pitch, tile(index)[i], 64);
+inline void store_tile(int index, void* p, int64_t pitch) {
+  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<char*>(p) + i * pitch, tile(index)[i], 64);
 }
 inline void clear_tile(int index) { std::memset(tile(index), 0, 16 * 64); }
 

@@ -14,49 +14,20 @@ namespace deconv {
 namespace cpu {
 namespace DECONV_ISA {
 
-// 16 RM rows times 16 RN lanes; segments are whole tiles of pairs. Registers: sums, the shorter
-// side, and in turns what is left for the longer one.
+// Segments are whole tiles of pairs.
 template <int RM, int RN>
 void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task, int64_t tasks) {
-  constexpr bool kHoldA = RM <= RN;
-  constexpr int kHeld = RM * RN, kTurns = kHeld + (kHoldA ? RM : RN), kLeft = 8 - kTurns;
-  static_assert(kLeft >= 1, "the tile must stay in registers");
-  const int64_t step_b = segments.step_b;
+  using Product = AmxProduct<RM, RN>;
   for (const TileTask<float>* const last = task + tasks; task != last; ++task) {
     const TileTarget<float>& to = task->to;
-    const int64_t pitch_a = task->row[1] - task->row[0];
-    const auto place = [&](int i) {
-      return to.c + i / RN * kAmxSide * to.pitch + i % RN * kAmxSide;
-    };
-    unroll<RM * RN>([&](auto i) {
-      if (to.accumulate) {
-        load_amx<i>(place(i), to.pitch);
-      } else {
-        clear_amx<i>();
-      }
-    });
+    Product::begin(to.c, to.pitch, to.accumulate);
     for (int64_t s = 0; s < segments.count; ++s) {
       const Segment& segment = segments.list[s];
-      const float *a = task->a + segment.a + task->row[0], *b = task->b + segment.b;
-      for (int64_t k = segment.length; k > 0; k -= kAmxSide) {
-        if constexpr (kHoldA) {
-          unroll<RM>([&](auto m) { load_amx<kHeld + m>(a + m * kAmxSide * pitch_a, pitch_a); });
-          unroll<RN>([&](auto n) {
-            load_amx<kTurns + n % kLeft>(b + n * kAmxSide, step_b);
-            unroll<RM>([&](auto m) { multiply_amx<m * RN + n, kHeld + m, kTurns + n % kLeft>(); });
-          });
-        } else {
-          unroll<RN>([&](auto n) { load_amx<kHeld + n>(b + n * kAmxSide, step_b); });
-          unroll<RM>([&](auto m) {
-            load_amx<kTurns + m % kLeft>(a + m * kAmxSide * pitch_a, pitch_a);
-            unroll<RN>([&](auto n) { multiply_amx<m * RN + n, kTurns + m % kLeft, kHeld + n>(); });
-          });
-        }
-        a += kAmxSide * segments.step_a;
-        b += kAmxSide * step_b;
-      }
+      Product::add(task->a + segment.a + task->row[0], task->row[1] - task->row[0],
+                   kAmxSide * segments.step_a, task->b + segment.b, segments.step_b,
+                   segment.length);
     }
-    unroll<RM * RN>([&](auto i) { store_amx<i>(place(i), to.pitch); });
+    Product::end(to.c, to.pitch);
   }
 }
 
@@ -64,12 +35,6 @@ template <int RM, int RN>
 constexpr Tile<float> make_amx_tile() {
   return {RM * static_cast<int>(kAmxSide), RN,      multiply_amx_tiles<RM, RN>,
           multiply_amx_tiles<RM, RN>,      nullptr, nullptr};
-}
-
-// A multiplication takes 16 cycles for 16 pairs, a load 8.
-inline double amx_cycles_per_step(const Tile<float>& tile) {
-  const double rows = tile.rows / static_cast<double>(kAmxSide);
-  return max_of(rows * tile.vectors, 0.5 * (rows + tile.vectors)) + 0.25 * tile.vectors;
 }
 
 constexpr Tile<float> kAmxTiles[] = {make_amx_tile<2, 2>(), make_amx_tile<1, 4>(),
@@ -90,7 +55,7 @@ inline void gather_amx(Op op, const Params& params, int threads) {
   TileShape shapes[kTiles];
   for (int i = 0; i < kTiles; ++i)
     shapes[i] = {kAmxTiles[i].rows, kAmxTiles[i].vectors * kLanes<float>,
-                 amx_cycles_per_step(kAmxTiles[i])};
+                 amx_cycles_per_step(kAmxTiles[i].rows / kAmxSide, kAmxTiles[i].vectors)};
   const GatherPlan plan =
       plan_gather(op, params, shapes, kTiles,
                   {sizeof(BFloat16), sizeof(float), kLanes<float>, 2, kAmxSide}, threads);

@@ -37,6 +37,7 @@
 #include "instantiate.h"
 #ifdef DECONV_AMX
 #include "gather_amx.h"
+#include "weight_amx.h"
 #endif
 #pragma GCC pop_options
 
@@ -80,6 +81,11 @@ void gather_gemm_or_amx(Op op, const Params& params, int threads) {
                                 : avx512_kernels()->gather_gemm(op, params, threads);
 }
 
+void weight_gemm_or_amx(const Params& params, int threads) {
+  avx512::amx_takes_weight(params) ? avx512::weight_amx(params, threads)
+                                   : avx512_kernels()->weight_gemm(params, threads);
+}
+
 bool prefers_winograd_to_amx(Op op, const Params& params) {
   return !avx512::amx_takes(op, params) && avx512_kernels()->prefers_winograd(op, params);
 }
@@ -89,6 +95,7 @@ const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels all = avx512::table("amx", amx_supported);
     all.gather_gemm = gather_gemm_or_amx;
+    all.weight_gemm = weight_gemm_or_amx;
     all.prefers_winograd = prefers_winograd_to_amx;
     return all;
   }();

@@ -1,28 +1,9 @@
-// "gemm" for grad_weight:
-//
-//     dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, i * stride + k * dilation - pad]
-//
-// As a matrix product: rows (co, k) times lanes ci, summed over pixels. x is packed transposed,
-// [pixel][ci]; dy is not multiplied out by taps: a padded patch of it is copied, and the tile reads
-// row (co, k) of the patch with the stride of the problem.
-//
-//   for each chunk of (co, k) x lanes of ci x split of the pixels, in parallel:
-//     for each block of pixels (lines of images):
-//       pack x
-//       for a few co at a time: pack patches of dy, multiply_tiles over the lines
-//   add the splits in order, store
-//
-// The number of splits follows from the problem, never from the threads: results do not depend on
-// their number.
+// "gemm" for grad_weight in registers (weight_parts.h). x is packed transposed, [pixel][ci]; dy is
+// not multiplied out by taps: a padded patch of it is copied, and the tile reads row (co, k) of the
+// patch with the stride of the problem.
 #pragma once
 
-#include "../parallel.h"
-#include "../reference/elements.h"
-#include "gather.h"
-#include "microkernel.h"
-#include "profile.h"
-#include "scratch.h"
-#include "shuffle.h"
+#include "weight_parts.h"
 
 namespace deconv {
 namespace cpu {
@@ -51,37 +32,24 @@ struct PatchAxis {
 };
 
 template <class S>
-struct WeightGemm {
-  using T = typename Arithmetic<S>::type;
+struct WeightGemm : WeightParts<S> {
+  using Base = WeightParts<S>;
+  using Base::group_in, Base::group_out, Base::images, Base::kernel_h, Base::kernel_w,
+      Base::lane_tiles, Base::line, Base::lines, Base::outputs, Base::p, Base::params,
+      Base::part_elements, Base::patch_outputs, Base::patch_rows, Base::row_of, Base::width;
+  using typename Base::Block;
+  using typename Base::Part;
+  using typename Base::Strip;
+  using typename Base::T;
 
-  // A thread's working set in its L2 cache: sums, packed x, patches of dy.
-  static constexpr int64_t kSums = (512 << 10) / sizeof(T), kPatches = (128 << 10) / sizeof(T);
-  static constexpr int64_t kLanesAtOnce = 192;  // lanes that share a patch
-  // co whose patches are packed together where they lie together in dy: a cache line.
-  static constexpr int64_t kOutputsTogether = 64 / sizeof(S);
-  static constexpr int64_t kBlockPixels = 256;  // packed at a time
-  static constexpr int64_t kTasks =
-      16;  // enough to balance a few threads; pixels are split where the weight has fewer parts
-
-  const Params& params;
-  const Problem& p = params.problem;
   Tile<T> tile;
-  int64_t group_in, group_out;
-  int64_t width, lane_tiles, lane_parts;  // lanes of a tile; tiles of lanes in a part; parts
-  int64_t outputs, kernel_h, kernel_w;    // co, kh, kw of a chunk
-  int64_t chunks_o, chunks_h, chunks_w;   // their numbers
-  int64_t patch_outputs,
-      patch_rows;  // co whose patches are packed together; their rows (co, k), padded to tiles
-  int64_t line, line_parts, lines, blocks, splits;  // pixels a line, lines across an image row,
-                                                    // lines a block, blocks, splits of the blocks
   PatchAxis patch_h, patch_w;
 
-  WeightGemm(const Params& given) : params(given) {
-    group_in = p.c_in / p.groups;
-    group_out = p.c_out / p.groups;
+  explicit WeightGemm(const Params& given) : Base(given) {
     choose_tile();
-    choose_chunks();
-    choose_lines();
+    this->choose_lanes(tile.vectors * kLanes<T>);
+    this->choose_chunks(1, tile.rows);
+    choose_patches();
   }
 
   // The tile that wastes least on its rows and lanes; cycles of a step as in gather.h.
@@ -99,47 +67,18 @@ struct WeightGemm {
         tile = t;
       }
     }
-    width = tile.vectors * kLanes<T>;
-    const int64_t tiles = (group_in + width - 1) / width;
-    lane_parts = (tiles * width + kLanesAtOnce - 1) / kLanesAtOnce;
-    lane_tiles = (tiles + lane_parts - 1) / lane_parts;
-    lane_parts = (tiles + lane_tiles - 1) / lane_tiles;
   }
 
-  // Rows whose sums fit: several co with all taps, or a part of the taps of one.
-  void choose_chunks() {
-    const int64_t rows = max_of<int64_t>(1, kSums / (lane_tiles * width) - tile.rows);
-    kernel_w = min_of(p.w.kernel, rows);
-    kernel_h = min_of(p.h.kernel, max_of<int64_t>(1, rows / kernel_w));
-    outputs = kernel_h < p.h.kernel || kernel_w < p.w.kernel
-                  ? 1
-                  : min_of(group_out, max_of<int64_t>(1, rows / (kernel_h * kernel_w)));
-    chunks_w = (p.w.kernel + kernel_w - 1) / kernel_w;
-    chunks_h = (p.h.kernel + kernel_h - 1) / kernel_h;
-    chunks_o = (group_out + outputs - 1) / outputs;
-    outputs = (group_out + chunks_o - 1) / chunks_o;
-  }
-
-  void choose_lines() {
-    const int64_t together = params.y.stride[1] != 1          ? 1
-                             : outputs < 2 * kOutputsTogether ? outputs
-                                                              : kOutputsTogether;
-    line_parts = (p.w.in + kPartialSum - 1) / kPartialSum;
-    line = (p.w.in + line_parts - 1) / line_parts;
-    lines = min_of(max_of<int64_t>(1, kBlockPixels / line), p.batch * p.h.in);
-    while (true) {
+  void choose_patches() {
+    const int64_t together = params.y.stride[1] != 1                ? 1
+                             : outputs < 2 * Base::kOutputsTogether ? outputs
+                                                                    : Base::kOutputsTogether;
+    constexpr int64_t kPatches = Base::kPatchBytes / sizeof(T);
+    this->choose_lines(kPartialSum, [&] {
       patch_h = PatchAxis::make(p.h, min_of(lines, p.h.in), kernel_h);
       patch_w = PatchAxis::make(p.w, line, kernel_w);
-      if (patch_pitch() * together <= kPatches || (lines == 1 && line == 1)) break;
-      if (lines > 1) {
-        lines = (lines + 1) / 2;
-      } else {
-        line = (line + 1) / 2;
-        line_parts = (p.w.in + line - 1) / line;
-      }
-    }
-    blocks = line_parts * ((p.batch * p.h.in + lines - 1) / lines);
-    splits = min_of(blocks, max_of<int64_t>(1, kTasks / parts()));
+      return patch_pitch() * together <= kPatches;
+    });
 
     // As many co as leave the fewest rows of their last tile empty.
     const int64_t most =
@@ -155,48 +94,10 @@ struct WeightGemm {
     patch_rows = round_up<int64_t>(patch_outputs * taps, tile.rows);
   }
 
-  // A block of `lines` lines touches at most so many images; each has a patch of its own.
-  int64_t images() const { return lines <= 1 ? 1 : (lines + p.h.in - 2) / p.h.in + 1; }
   // From one co's patches to the next.
   int64_t patch_pitch() const {
     return odd_lines(images() * patch_h.extent * patch_w.extent, sizeof(T));
   }
-  int64_t parts() const { return p.groups * chunks_o * chunks_h * chunks_w * lane_parts; }
-  int64_t sum_rows() const { return (outputs + patch_outputs - 1) / patch_outputs * patch_rows; }
-  int64_t part_elements() const { return sum_rows() * lane_tiles * width; }
-
-  struct Part {
-    int64_t group, co, outputs, kh, kernel_h, kw, kernel_w, ci, lanes;
-  };
-  Part part_of(int64_t index) const {
-    Part part;
-    part.ci = index % lane_parts * lane_tiles * width;
-    index /= lane_parts;
-    part.kw = index % chunks_w * kernel_w;
-    index /= chunks_w;
-    part.kh = index % chunks_h * kernel_h;
-    index /= chunks_h;
-    part.co = index % chunks_o * outputs;
-    part.group = index / chunks_o;
-    part.outputs = min_of(outputs, group_out - part.co);
-    part.kernel_h = min_of(kernel_h, p.h.kernel - part.kh);
-    part.kernel_w = min_of(kernel_w, p.w.kernel - part.kw);
-    part.lanes = min_of(lane_tiles * width, group_in - part.ci);
-    return part;
-  }
-
-  // Where (co, kh, kw) stands among the rows: taps of a co follow each other, for they read the
-  // same cache lines of its patch.
-  int64_t row_of(const Part& part, int64_t co, int64_t kh, int64_t kw) const {
-    return (co * part.kernel_h + kh) * part.kernel_w + kw;
-  }
-
-  // Lines of one image within a block: they share a patch.
-  struct Strip {
-    int64_t n, ih, lines;
-  };
-
-  // -------------------------------------------------------------------------------------------------------------------------
 
   // Sums over the blocks [begin, end) as [row][lane], rows (co, kh, kw) in groups of patch_rows;
   // into `sums`, or if that is null into the thread's scratch. Returns where they are.
@@ -206,8 +107,7 @@ struct WeightGemm {
     SegmentList segments;
     TileTask<T>* tasks;
     int64_t* row_offsets;
-    const int64_t pixels = lines * line, segment_pixels = min_of(line, p.w.in),
-                  pitch = patch_pitch();
+    const int64_t pixels = lines * line, pitch = patch_pitch();
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       own_sums = carver.take<T>(sums ? 0 : part_elements());
@@ -221,29 +121,23 @@ struct WeightGemm {
     };
     carve(thread_scratch(carve(nullptr)));
     if (!sums) sums = own_sums;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t iw = block % line_parts * line, length = min_of(segment_pixels, p.w.in - iw);
-      const int64_t first_line = block / line_parts * lines,
-                    line_count = min_of(lines, p.batch * p.h.in - first_line);
-      int64_t strip_count = 0;
-      for (int64_t l = 0; l < line_count; l += strips[strip_count++].lines) {
-        const int64_t ih = (first_line + l) % p.h.in;
-        strips[strip_count] = {(first_line + l) / p.h.in, ih, min_of(p.h.in - ih, line_count - l)};
-      }
+    for (int64_t index = begin; index < end; ++index) {
+      const Block block = this->block_of(index, strips);
+      const int64_t length = block.length;
       in_phase(Phase::kPack, [&] {
         for (int64_t t = 0; t * width < part.lanes; ++t) {
           T* to = packed_x + t * pixels * width;
-          for (int64_t s = 0; s < strip_count; ++s)
+          for (int64_t s = 0; s < block.strips; ++s)
             for (int64_t l = 0; l < strips[s].lines; ++l, to += length * width)
-              pack_x(part, strips[s].n, t, strips[s].ih + l, iw, length, to);
+              this->pack_x(part, strips[s].n, t, strips[s].ih + l, block.iw, length, to);
         }
       });
       for (int64_t o = 0; o < part.outputs; o += patch_outputs) {
         const int64_t count = min_of(patch_outputs, part.outputs - o),
                       rows = count * part.kernel_h * part.kernel_w;
         in_phase(Phase::kPack, [&] {
-          for (int64_t s = 0; s < strip_count; ++s)
-            pack_patch(part, strips[s], o, count, iw,
+          for (int64_t s = 0; s < block.strips; ++s)
+            pack_patch(part, strips[s], o, count, block.iw,
                        patches + s * patch_h.extent * patch_w.extent);
         });
         for (int64_t row = 0; row < patch_rows; ++row)
@@ -258,7 +152,7 @@ struct WeightGemm {
         segments.step_b = width;
         const int64_t at_once = max_of<int64_t>(1, kPartialSum / length);  // lines
         int64_t count_lines = 0;
-        for (int64_t s = 0; s < strip_count; ++s)
+        for (int64_t s = 0; s < block.strips; ++s)
           for (int64_t l = 0; l < strips[s].lines; ++l, ++count_lines)
             segments.list[count_lines] = {
                 (s * patch_h.extent + l * patch_h.pixel_step) * patch_w.extent,
@@ -272,32 +166,13 @@ struct WeightGemm {
                                       packed_x + t * pixels * width,
                                       row_offsets + r,
                                       {block_sums + r * lane_tiles * width + t * width,
-                                       lane_tiles * width, tile.rows, block > begin, nullptr}};
+                                       lane_tiles * width, tile.rows, index > begin, nullptr}};
             tile.panel_b(segments, tasks, count_tasks);
           }
         });
       }
     }
     return sums;
-  }
-
-  // One line of x for one tile of lanes: [pixel][width], zeros beyond the last channel.
-  DECONV_PHASE void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw,
-                           int64_t length, T* to) const {
-    const int64_t lanes = min_of(width, part.lanes - t * width);
-    const S* from = static_cast<const S*>(params.x.data) +
-                    params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
-    const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
-    if (lanes < width) clear(to, length * width);
-    if (channel == 1) {
-      for (int64_t i = 0; i < length; ++i) copy_strided(to + i * width, from + i * pixel, 1, lanes);
-    } else if (pixel == 1) {
-      transpose(from, channel, lanes, length, to, width);
-    } else {
-      for (int64_t l = 0; l < lanes; ++l)
-        for (int64_t i = 0; i < length; ++i)
-          to[i * width + l] = convert<T>(from[l * channel + i * pixel]);
-    }
   }
 
   // The patches of dy that the pixels of a strip and the taps of the part touch, for `count` co
@@ -337,102 +212,11 @@ struct WeightGemm {
       }
     }
   }
-
-  // An element of dw for each ci, and the row of its sums. Those of `count` co from `first` on are
-  // numbered in the order of dw.
-  struct Element {
-    int64_t co, kh, kw;
-    int64_t at;  // from the first element of a ci on
-    int64_t row;
-  };
-  Element element_of(const Part& part, int64_t first, int64_t count, int64_t index) const {
-    const int64_t taps = part.kernel_h * part.kernel_w;
-    const bool outputs_inner = params.w.stride[1] == 1;
-    const int64_t co = outputs_inner ? index % count : index / taps,
-                  tap = outputs_inner ? index / count : index % taps;
-    const int64_t kh = tap / part.kernel_w, kw = tap % part.kernel_w;
-    Element e{part.co + first + co, part.kh + kh, part.kw + kw, 0, row_of(part, co, kh, kw)};
-    e.at = params.w.at(0, e.co, e.kh, e.kw);
-    return e;
-  }
-
-  // [row][lane] to dw: squares are transposed, after which elements that follow each other in dw
-  // are a vector.
-  DECONV_PHASE void store(const Part& part, const T* sums) const {
-    constexpr int64_t kN = kLanes<T>;
-    for (int64_t first = 0; first < part.outputs; first += patch_outputs) {
-      const int64_t count = min_of(patch_outputs, part.outputs - first),
-                    rows = count * part.kernel_h * part.kernel_w;
-      const T* from = sums + first / patch_outputs * patch_rows * lane_tiles * width;
-      for (int64_t index = 0; index < rows; index += kN) {
-        const int64_t some = min_of(kN, rows - index);
-        Element elements[kN];
-        bool together = true;
-        for (int64_t i = 0; i < some; ++i) {
-          elements[i] = element_of(part, first, count, index + i);
-          together &= elements[i].at == elements[0].at + i;
-        }
-        for (int64_t lane = 0; lane < part.lanes; lane += kN) {
-          Vector<T> square[kN];
-          for (int64_t i = 0; i < kN; ++i)
-            square[i] = i < some ? load_vector(from + elements[i].row * lane_tiles * width + lane)
-                                 : Vector<T>{};
-          transpose_step<T, kN / 2>(square);
-          for (int64_t i = 0; i < min_of(kN, part.lanes - lane); ++i)
-            store_elements(part.group * group_in + part.ci + lane + i, elements, some, together,
-                           square[i]);
-        }
-      }
-    }
-  }
-
-  // A zero of a padded patch against an infinite x leaves a NaN: such elements are computed again
-  // from the definition.
-  void store_elements(int64_t ci, const Element* elements, int64_t count, bool together,
-                      Vector<T> sums) const {
-    S* dw = static_cast<S*>(params.w.data) + params.w.at(ci, 0, 0, 0);
-    if (together) store_first_as(dw + elements[0].at, sums, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const T sum = sums[i];
-      const Element& e = elements[i];
-      if (sum != sum) {
-        dw[e.at] =
-            convert<S>(reference::grad_weight_element<double, S>(params, ci, e.co, e.kh, e.kw));
-      } else if (!together) {
-        dw[e.at] = convert<S>(sum);
-      }
-    }
-  }
 };
 
 template <class S>
 void weight_gemm(const Params& params, int threads) {
-  using T = typename Arithmetic<S>::type;
-  const WeightGemm<S> gemm(params);
-  const int64_t parts = gemm.parts(), elements = gemm.part_elements(), splits = gemm.splits;
-  if (splits == 1) {
-    parallel_for(parts, threads, [&](int64_t index) {
-      const auto part = gemm.part_of(index);
-      const T* sums = gemm.accumulate(part, 0, gemm.blocks, nullptr);
-      in_phase(Phase::kStore, [&] { gemm.store(part, sums); });
-    });
-    return;
-  }
-  T* sums = static_cast<T*>(
-      call_scratch(parts * splits * elements * sizeof(T)));  // [part][split][rows][lanes]
-  parallel_for(parts * splits, threads, [&](int64_t task) {
-    const int64_t split = task % splits;
-    gemm.accumulate(gemm.part_of(task / splits), gemm.blocks * split / splits,
-                    gemm.blocks * (split + 1) / splits, sums + task * elements);
-  });
-  parallel_for(parts, threads, [&](int64_t part) {
-    in_phase(Phase::kStore, [&] {
-      T* total = sums + part * splits * elements;
-      for (int64_t split = 1; split < splits; ++split)
-        for (int64_t i = 0; i < elements; ++i) total[i] += total[split * elements + i];
-      gemm.store(gemm.part_of(part), total);
-    });
-  });
+  run_weight_product(WeightGemm<S>(params), threads);
 }
 
 }  // namespace DECONV_ISA

@@ -1,0 +1,288 @@
+// "gemm" for grad_weight in bfloat16 by AMX (weight_parts.h), which multiplies pairs of pixels.
+//
+// Pixels that a tap reads have to follow each other, so a patch of dy is split into classes: of
+// each axis, outputs with the same remainder modulo the stride. In its class a tap is a shift:
+//
+//     dy[i * stride + o] = class (o mod stride) [i + floor(o / stride)]    o = k * dilation - pad
+//
+// A class is an image of `pitch` elements a line, and x is packed with the same pitch and zeros
+// between its lines. So a strip of lines is one sum, whose row of A begins at the shift, and
+// for a tap, 16 co are the rows of a tile. Tiles of B are pairs of pixels of 16 ci.
+#pragma once
+
+#include "amx.h"
+#include "weight_parts.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+// Classes of one axis for the taps of a chunk. Where most of a class would not be read (dilation,
+// fewer taps than strides) each tap is a class of its own.
+struct PatchClasses {
+  int64_t count, extent;
+  bool by_tap;
+
+  static PatchClasses make(const Axis& axis, int64_t pixels, int64_t taps) {
+    int64_t range = 0;  // of the shifts, whichever tap is first
+    for (int64_t first = 0; first < axis.kernel; first += taps) {
+      const int64_t last = min_of(first + taps, axis.kernel) - 1;
+      range = max_of(range, line_of(axis, last) - line_of(axis, first));
+    }
+    if (axis.stride * (pixels + range) <= taps * pixels)
+      return {axis.stride, pixels + range, false};
+    return {taps, pixels, true};
+  }
+
+  static int64_t offset(const Axis& axis, int64_t tap) { return tap * axis.dilation - axis.pad; }
+  static int64_t line_of(const Axis& axis, int64_t tap) {
+    return floor_div(offset(axis, tap), axis.stride);
+  }
+
+  int64_t class_of(const Axis& axis, int64_t first_tap, int64_t tap) const {
+    return by_tap ? tap
+                  : offset(axis, first_tap + tap) - line_of(axis, first_tap + tap) * axis.stride;
+  }
+  int64_t shift_of(const Axis& axis, int64_t first_tap, int64_t tap) const {
+    return by_tap ? 0 : line_of(axis, first_tap + tap) - line_of(axis, first_tap);
+  }
+  // The output that the first element of a class holds; the next are a stride away. May lie
+  // outside dy.
+  int64_t output(const Axis& axis, int64_t first_pixel, int64_t first_tap, int64_t index) const {
+    return first_pixel * axis.stride + (by_tap ? offset(axis, first_tap + index)
+                                               : line_of(axis, first_tap) * axis.stride + index);
+  }
+};
+
+// One strip's part of a sum.
+struct AmxStrip {
+  const BFloat16* a;
+  const float* b;
+  int64_t pairs;
+};
+
+template <int RM, int RN>
+void multiply_amx_strips(const AmxStrip* strips, int64_t count, int64_t pitch_a, float* c,
+                         int64_t pitch, bool accumulate) {
+  using Product = AmxProduct<RM, RN>;
+  Product::begin(c, pitch, accumulate);
+  for (int64_t s = 0; s < count; ++s)
+    Product::add(strips[s].a, pitch_a, 2 * kAmxSide, strips[s].b, RN * kAmxSide, strips[s].pairs);
+  Product::end(c, pitch);
+}
+
+struct AmxWeightTile {
+  int rm, rn;
+  void (*multiply)(const AmxStrip*, int64_t count, int64_t pitch_a, float* c, int64_t pitch,
+                   bool accumulate);
+};
+constexpr AmxWeightTile kAmxWeightTiles[] = {{2, 2, multiply_amx_strips<2, 2>},
+                                             {1, 4, multiply_amx_strips<1, 4>},
+                                             {4, 1, multiply_amx_strips<4, 1>},
+                                             {1, 1, multiply_amx_strips<1, 1>}};
+
+// Where a quarter of the tiles is filled, or more: multiply-adds take eight times as long.
+inline bool amx_takes_weight(const Params& params) {
+  const Problem& p = params.problem;
+  const int64_t rows = p.c_out / p.groups, lanes = p.c_in / p.groups;
+  return params.dtype == Dtype::kBFloat16 &&
+         4 * rows * lanes >= round_up(rows, kAmxSide) * round_up(lanes, kAmxSide);
+}
+
+struct WeightAmx : WeightParts<BFloat16> {
+  AmxWeightTile tile;
+  int64_t tile_rows;
+  PatchClasses patch_h, patch_w;
+
+  explicit WeightAmx(const Params& given) : WeightParts(given) {
+    double least = 0;
+    for (const AmxWeightTile& t : kAmxWeightTiles) {
+      const int64_t rows = ceil_div(group_out, t.rm * kAmxSide),
+                    lanes = ceil_div(group_in, t.rn * kAmxSide);
+      const double cycles = amx_cycles_per_step(t.rm, t.rn) * static_cast<double>(rows * lanes);
+      if (least != 0 && cycles >= least) continue;
+      least = cycles;
+      tile = t;
+    }
+    tile_rows = tile.rm * kAmxSide;
+    taps_outer = true;
+    choose_lanes(tile.rn * kAmxSide);
+    choose_chunks(tile_rows, 0);
+    constexpr int64_t kPatches = kPatchBytes / sizeof(BFloat16);
+    choose_lines(kBlockPixels, [&] {
+      patch_h = PatchClasses::make(p.h, min_of(lines, p.h.in), kernel_h);
+      patch_w = PatchClasses::make(p.w, line, kernel_w);
+      return patch_pitch() * tile_rows <= kPatches;
+    });
+    patch_outputs =
+        min_of(outputs, max_of<int64_t>(1, kPatches / (patch_pitch() * tile_rows)) * tile_rows);
+    patch_rows = patch_outputs * kernel_h * kernel_w;
+  }
+
+  // Pairs do not cross lines.
+  int64_t pitch() const { return round_up<int64_t>(patch_w.extent, 2); }
+  int64_t class_elements() const { return patch_h.extent * pitch(); }
+  int64_t strip_elements() const { return patch_h.count * patch_w.count * class_elements(); }
+  // From one co's patches to the next. A shifted strip, rounded up to tiles, ends beyond its class.
+  int64_t patch_pitch() const {
+    return odd_lines(images() * strip_elements() + pitch() + 2 * kAmxSide, sizeof(BFloat16));
+  }
+  int64_t pairs_of(int64_t strip_lines) const {
+    return round_up(strip_lines * pitch() / 2, kAmxSide);
+  }
+
+  // As that of WeightGemm, in rows (k, co).
+  float* accumulate(const Part& part, int64_t begin, int64_t end, float* sums) const {
+    const AmxSession session;
+    float *own_sums, *packed_x, *rows;
+    BFloat16* patches;
+    Strip* strips;
+    AmxStrip* operands;
+    // Of a tile of lanes; each strip may end with a part of a tile.
+    const int64_t tile_pairs = lines * pitch() / 2 + images() * kAmxSide;
+    const auto carve = [&](void* memory) {
+      Carver carver(memory);
+      own_sums = carver.take<float>(sums ? 0 : part_elements());
+      packed_x = carver.take<float>(lane_tiles * tile_pairs * width);
+      patches = carver.take<BFloat16>(patch_outputs * patch_pitch());
+      rows = carver.take<float>(
+          max_of(round_up<int64_t>(line, kLanes<float>) * width,
+                 kOutputsTogether * round_up<int64_t>(patch_w.extent, kLanes<float>)));
+      strips = carver.take<Strip>(images());
+      operands = carver.take<AmxStrip>(images());
+      return carver.used();
+    };
+    carve(thread_scratch(carve(nullptr)));
+    if (!sums) sums = own_sums;
+    // What is multiplied with zeros has to be a number, or elements are computed again.
+    clear_words(patches, patch_outputs * patch_pitch());
+    for (int64_t index = begin; index < end; ++index) {
+      const Block block = block_of(index, strips);
+      in_phase(Phase::kPack, [&] {
+        for (int64_t t = 0; t * width < part.lanes; ++t) {
+          float* to = packed_x + t * tile_pairs * width;
+          for (int64_t s = 0; s < block.strips; ++s) {
+            pack_pairs(part, strips[s], t, block, rows, to);
+            to += pairs_of(strips[s].lines) * width;
+          }
+        }
+      });
+      for (int64_t o = 0; o < part.outputs; o += patch_outputs) {
+        const int64_t count = min_of(patch_outputs, part.outputs - o);
+        in_phase(Phase::kPack, [&] {
+          for (int64_t s = 0; s < block.strips; ++s)
+            for (int64_t co = 0; co < count; co += kOutputsTogether)
+              pack_classes(part, strips[s], o + co, min_of(kOutputsTogether, count - co), block.iw,
+                           rows, patches + co * patch_pitch() + s * strip_elements());
+        });
+        in_phase(Phase::kProduct, [&] {
+          float* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
+          for (int64_t kh = 0; kh < part.kernel_h; ++kh)
+            for (int64_t kw = 0; kw < part.kernel_w; ++kw)
+              for (int64_t co = 0; co < count; co += tile_rows) {
+                const int64_t row = row_of(part, co, kh, kw) * lane_tiles * width;
+                for (int64_t t = 0; t * width < part.lanes; ++t) {
+                  const BFloat16* a = patches + co * patch_pitch() + place_of(part, kh, kw);
+                  const float* b = packed_x + t * tile_pairs * width;
+                  for (int64_t s = 0; s < block.strips; ++s) {
+                    const int64_t pairs = pairs_of(strips[s].lines);
+                    operands[s] = {a + s * strip_elements(), b, pairs};
+                    b += pairs * width;
+                  }
+                  tile.multiply(operands, block.strips, patch_pitch(), block_sums + row + t * width,
+                                lane_tiles * width, index > begin);
+                }
+              }
+        });
+      }
+    }
+    return sums;
+  }
+
+  // Where a tap begins in a patch.
+  int64_t place_of(const Part& part, int64_t kh, int64_t kw) const {
+    const int64_t h = patch_h.class_of(p.h, part.kh, kh), w = patch_w.class_of(p.w, part.kw, kw);
+    return (h * patch_w.count + w) * class_elements() +
+           patch_h.shift_of(p.h, part.kh, kh) * pitch() + patch_w.shift_of(p.w, part.kw, kw);
+  }
+
+  static void clear_words(BFloat16* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16{0};
+  }
+
+  // A strip of x for one tile of lanes: [pair of pixels][width], zeros between lines. `rows` is
+  // room for a line.
+  DECONV_PHASE void pack_pairs(const Part& part, const Strip& strip, int64_t t, const Block& block,
+                               float* rows, float* to) const {
+    constexpr int kN = kLanes<float>;
+    typedef Vector<uint32_t> Words;
+    float* const end = to + pairs_of(strip.lines) * width;
+    for (int64_t l = 0; l < strip.lines; ++l) {
+      pack_x(part, strip.n, t, strip.ih + l, block.iw, block.length, rows);
+      if (block.length % 2) clear(rows + block.length * width, width);
+      for (int64_t i = 0; i < block.length; i += 2, to += width)
+        for (int64_t lane = 0; lane < width; lane += kN) {
+          const float* even = rows + i * width + lane;
+          const Words low = reinterpret_cast<Words>(load_vector(even)),
+                      high = reinterpret_cast<Words>(load_vector(even + width));
+          store_vector(to + lane, reinterpret_cast<Vector<float>>(low >> 16 | high));
+        }
+      const int64_t empty = (pitch() - round_up<int64_t>(block.length, 2)) / 2;
+      clear(to, empty * width);
+      to += empty * width;
+    }
+    clear(to, end - to);
+  }
+
+  // The classes of dy that the pixels of a strip and the taps of the part touch, for `count` co
+  // from o on; zeros outside dy. `rows` is room for a line of each co.
+  DECONV_PHASE void pack_classes(const Part& part, const Strip& strip, int64_t o, int64_t count,
+                                 int64_t iw, float* rows, BFloat16* to) const {
+    const BFloat16* from = static_cast<const BFloat16*>(params.y.data) +
+                           params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
+    const int64_t stride_co = params.y.stride[1], stride = p.w.stride * params.y.stride[3],
+                  extent = patch_w.extent, room = round_up<int64_t>(extent, kLanes<float>);
+    for (int64_t h = 0; h < patch_h.count; ++h)
+      for (int64_t w = 0; w < patch_w.count; ++w) {
+        const int64_t start = patch_w.output(p.w, iw, part.kw, w);
+        int64_t head = 0, tail = 0;  // elements of a line that dy has
+        if (start < p.w.out) {
+          tail = min_of(extent, (p.w.out - 1 - start) / p.w.stride + 1);
+          head = min_of(tail, start < 0 ? ceil_div(-start, p.w.stride) : 0);
+        }
+        BFloat16* line_to = to + (h * patch_w.count + w) * class_elements();
+        for (int64_t e = 0; e < patch_h.extent; ++e, line_to += pitch()) {
+          const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, h) + e * p.h.stride;
+          if (oh < 0 || oh >= p.h.out || head == tail) {
+            for (int64_t co = 0; co < count; ++co)
+              clear_words(line_to + co * patch_pitch(), extent);
+            continue;
+          }
+          const BFloat16* dy =
+              from + oh * params.y.stride[2] + (start + head * p.w.stride) * params.y.stride[3];
+          if (stride_co == 1) {
+            transpose(dy, stride, tail - head, count, rows + head, room);
+          } else {
+            for (int64_t co = 0; co < count; ++co)
+              copy_strided(rows + co * room + head, dy + co * stride_co, stride, tail - head);
+          }
+          for (int64_t co = 0; co < count; ++co) {
+            float* row = rows + co * room;
+            clear(row, head);
+            clear(row + tail, extent - tail);
+            for (int64_t i = 0; i < extent; i += kLanes<float>)
+              store_first_as<BFloat16>(line_to + co * patch_pitch() + i, load_vector(row + i),
+                                       min_of<int64_t>(kLanes<float>, extent - i));
+          }
+        }
+      }
+  }
+};
+
+inline void weight_amx(const Params& params, int threads) {
+  run_weight_product(WeightAmx(params), threads);
+}
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv
