@@ -107,6 +107,21 @@ void list_offsets(GatherPlan& plan) {
   plan.offsets_w = union_of_offsets(plan.w);
 }
 
+bool lacks_taps(const PhaseClass& axis) {
+  return std::find(axis.k.begin(), axis.k.end(), -1) != axis.k.end();
+}
+
+bool takes_turns(const GatherPlan& plan, int64_t row_width) {
+  if (!plan.target_as_is || plan.params.activation != Activation::kNone ||
+      plan.target.stride[3] != 1 || plan.w.classes.size() != 1 || plan.offsets() != 1)
+    return false;
+  for (const PhaseClass& h : plan.h.classes)
+    if (lacks_taps(h)) return false;
+  const PhaseClass& w = plan.w.classes.front();
+  return (w.phases == 2 || w.phases == 4) && w.phases == plan.w.target_step && !lacks_taps(w) &&
+         row_width % w.phases == 0;
+}
+
 void pair_classes(GatherPlan& plan) {
   for (size_t ih = 0; ih < plan.h.classes.size(); ++ih)
     for (size_t iw = 0; iw < plan.w.classes.size(); ++iw) {
@@ -128,9 +143,6 @@ void pair_classes(GatherPlan& plan) {
       c.first_weight = plan.weights_per_channel;
       plan.padded_rows += c.padded_rows;
       plan.weights_per_channel += c.padded_rows * c.taps;
-      const auto lacks_taps = [](const PhaseClass& axis) {
-        return std::find(axis.k.begin(), axis.k.end(), -1) != axis.k.end();
-      };
       plan.padded_weights |=
           c.padded_rows != plan.row_chunk * h.phases * w.phases || lacks_taps(h) || lacks_taps(w);
       plan.classes.push_back(c);
@@ -253,17 +265,17 @@ bool reads_in_place(const GatherPlan& plan, int64_t element_bytes) {
          plan.w.source_step * plan.source.stride[3] * element_bytes % 4096 != 0;
 }
 
-// Whether sums may be written straight to the target: a vector must lie in one piece there, and the
-// bias be a vector too. Invented NaNs cannot be repaired there, so no weight may be padding; nor
-// is there an activation.
+// Whether sums may be written straight to the target: a vector must lie in one piece there, or with
+// those of the other phases, and the bias be a vector too. Invented NaNs cannot be repaired there,
+// so no weight may be padding; nor is there an activation.
 bool writes_in_place(const GatherPlan& plan) {
   if (!plan.target_as_is || plan.batch_innermost) return false;
   if (plan.params.activation != Activation::kNone) return false;
   if (plan.rows_across)
     return plan.target.stride[1] == 1 && plan.rows_by_phase && !plan.padded_weights &&
            plan.rows % plan.row_width == 0 && plan.row_chunk % plan.row_width == 0;
-  return plan.target.stride[3] == 1 && plan.h.target_step == 1 && plan.w.target_step == 1 &&
-         !plan.params.bias;
+  return plan.target_in_turns || (plan.target.stride[3] == 1 && plan.h.target_step == 1 &&
+                                  plan.w.target_step == 1 && !plan.params.bias);
 }
 
 // Which side streams by. Weights stay in L1 while pixels do, unless
@@ -306,6 +318,7 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);
   plan.source_in_place = !plan.flat && reads_in_place(plan, element_bytes);
+  plan.target_in_turns = layout.in_turns && !plan.batch_innermost;
   plan.target_in_place = writes_in_place(plan);
   plan.pixels_stay = pixels_stay(plan, element_bytes);
   return plan;

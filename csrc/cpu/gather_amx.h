@@ -33,8 +33,14 @@ void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task
 
 template <int RM, int RN>
 constexpr Tile<float> make_amx_tile() {
-  return {RM * static_cast<int>(kAmxSide), RN,      multiply_amx_tiles<RM, RN>,
-          multiply_amx_tiles<RM, RN>,      nullptr, nullptr};
+  return {RM * static_cast<int>(kAmxSide),
+          RN,
+          multiply_amx_tiles<RM, RN>,
+          multiply_amx_tiles<RM, RN>,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
 }
 
 constexpr Tile<float> kAmxTiles[] = {make_amx_tile<2, 2>(), make_amx_tile<1, 4>(),

@@ -43,26 +43,47 @@ struct GatherGemm {
   // Tiles multiplied in one call.
   static constexpr int64_t kTilesAtOnce = 16;
 
-  // Where a tile of rows goes in the target, for pixels whose first element is at zero.
+  // Where a tile of rows goes in the target, for pixels whose first element is at zero. `lines` is
+  // room for those of the tile, where phases take turns.
   TileTarget<T> in_target(const GatherClass& g, int64_t group, int64_t chunk, int64_t rows,
-                          int64_t row, const T* bias) const {
+                          int64_t row, const T* bias, LinePlace<T>* lines) const {
     const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-    // Vectors of rows lie within one phase; vectors of pixels are those of the only phase.
-    const int64_t phase = plan.rows_across ? row / rows : 0, first = row - phase * rows;
-    T* c = static_cast<T*>(plan.target.data) +
-           plan.target.at(0, group * plan.rows + chunk * plan.row_chunk + first,
-                          h.first_phase + phase / w.phases, w.first_phase + phase % w.phases);
-    if (plan.rows_across)
-      return {c, plan.w.target_step * plan.target.stride[3], tile.rows, false,
-              bias ? bias + first : nullptr};
-    return {c, plan.target.stride[1], min_of<int64_t>(tile.rows, rows - first), false, nullptr};
+    T* const data = static_cast<T*>(plan.target.data);
+    const auto element = [&](int64_t of_chunk, int64_t rh, int64_t rw) {
+      return plan.target.at(0, group * plan.rows + chunk * plan.row_chunk + of_chunk,
+                            h.first_phase + rh, w.first_phase + rw);
+    };
+    if (plan.target_in_turns) {
+      const int64_t first = row / w.phases,
+                    count = min_of(tile.rows / w.phases, rows * h.phases - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t of_chunk = (first + i) / h.phases, rh = (first + i) % h.phases;
+        lines[i] = {element(of_chunk, rh, 0), bias ? bias[of_chunk] : T(0)};
+      }
+      TileTarget<T> to{data, {}, count, false, {}};
+      to.lines = lines;
+      return to;
+    }
+    if (!plan.rows_across)
+      return {data + element(row, 0, 0),
+              {plan.target.stride[1]},
+              min_of<int64_t>(tile.rows, rows - row),
+              false,
+              {nullptr}};
+    // Vectors of rows lie within one phase.
+    const int64_t phase = row / rows, first = row - phase * rows;
+    return {data + element(first, phase / w.phases, phase % w.phases),
+            {plan.w.target_step * plan.target.stride[3]},
+            tile.rows,
+            false,
+            {bias ? bias + first : nullptr}};
   }
 
   DECONV_PHASE void multiply(int64_t group, int64_t chunk, int64_t tiles, const TilePlace* places,
                              int64_t c0, int64_t channels, int64_t u0, int64_t offsets,
                              const T* panel, const bool* present, SegmentList& segments,
-                             int64_t* row_offsets, TileTarget<T>* targets, T* sums,
-                             const T* bias) const {
+                             int64_t* row_offsets, TileTarget<T>* targets, LinePlace<T>* lines,
+                             T* sums, const T* bias) const {
     const Session session{};
     const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
@@ -72,6 +93,8 @@ struct GatherGemm {
     const int64_t panel_pitch = plan.flat ? plan.pixel_width * plan.flat_position(channels)
                                           : plan.tile_pitch(channels, offsets, sizeof(T));
     const MultiplyTiles<T> multiply_tiles = plan.rows_across ? tile.contiguous_a : tile.panel_a;
+    const MultiplyTiles<T> multiply_in_turns =
+        plan.w.target_step == 2 ? tile.panel_a_by_2 : tile.panel_a_by_4;
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
       row_offsets[m] = !plan.rows_across ? plan.weight_at(m, 0)
@@ -89,8 +112,8 @@ struct GatherGemm {
       const int64_t row_tiles = (class_rows + plan.row_width - 1) / plan.row_width;
       if (plan.target_in_place)
         for (int64_t i = 0; i < row_tiles; ++i)
-          targets[i] =
-              in_target(g, group, chunk, rows, i * plan.row_width, last_block ? bias : nullptr);
+          targets[i] = in_target(g, group, chunk, rows, i * plan.row_width,
+                                 last_block ? bias : nullptr, lines + i * plan.row_width);
       const T* weights = packed + channels * g.first_weight;
       const auto is_in_place = [&](int64_t t) { return places[t].source >= 0; };
       const auto pixels_of = [&](int64_t t) {
@@ -99,11 +122,13 @@ struct GatherGemm {
       const auto offsets_of = [&](int64_t t) {
         return is_in_place(t) ? in_place_offsets : row_offsets;
       };
-      // Tiles wait until there are many, or one has other segments.
+      // Tiles wait until there are many, or one has other segments or is written otherwise.
       TileTask<T> waiting[kTilesAtOnce];
       int64_t waiting_count = 0, listed = -1;  // for which tile of pixels the segments are
       const auto multiply_waiting = [&] {
-        if (waiting_count > 0) multiply_tiles(segments, waiting, waiting_count);
+        if (waiting_count > 0)
+          (places[listed].vectors ? multiply_in_turns : multiply_tiles)(segments, waiting,
+                                                                        waiting_count);
         waiting_count = 0;
       };
       const auto list = [&](int64_t t) {
@@ -111,23 +136,34 @@ struct GatherGemm {
         list_segments(g, is_in_place(t), channels, u0, offsets, present + t * offsets, segments);
         listed = t;
       };
-      const auto multiply_one = [&](int64_t t, int64_t row_tile) {
+      const auto multiply_one = [&](int64_t t, int64_t row_tile) DECONV_INLINED {
         const TilePlace& place = places[t];
-        if (listed != t && (listed < 0 || !place.whole || !places[listed].whole ||
-                            is_in_place(t) != is_in_place(listed)))
+        if (listed != t &&
+            (listed < 0 || !place.whole || !places[listed].whole ||
+             is_in_place(t) != is_in_place(listed) || !place.vectors != !places[listed].vectors))
           list(t);
         const int64_t row = row_tile * plan.row_width;
-        TileTarget<T> to{sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
-                         plan.sum_pitch(), tile.rows, false, nullptr};
+        // Written where it stays: copying what has just been put together would wait for it.
+        TileTask<T>& task = waiting[waiting_count];
+        TileTarget<T>& to = task.to;
         if (place.target >= 0) {
           to = targets[row_tile];
           to.c += place.target;
+          if (plan.target_in_turns) to.vectors = place.vectors;
+        } else {
+          to = {sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
+                {plan.sum_pitch()},
+                tile.rows,
+                false,
+                {nullptr}};
         }
         to.accumulate = accumulate;
         if (segments.count == 0 && accumulate && !to.bias) return;
         const T *w = weights + channels * row * g.taps, *x = pixels_of(t);
-        waiting[waiting_count++] = {plan.rows_across ? x : w, plan.rows_across ? w : x,
-                                    offsets_of(t), to};
+        task.a = plan.rows_across ? x : w;
+        task.b = plan.rows_across ? w : x;
+        task.row = offsets_of(t);
+        ++waiting_count;
         if (waiting_count == kTilesAtOnce) multiply_waiting();
       };
       const int64_t steps = g.taps * channels;
@@ -243,10 +279,12 @@ struct GatherGemm {
     T *panel, *sums, *bias, *class_bias;
     bool* present;
     TilePlace* places;
+    VectorPlace* vectors;
     PixelRun *runs, *packed, *stored;
     SegmentList segments;
     int64_t* row_offsets;
     TileTarget<T>* targets;  // of the tiles of rows of a class
+    LinePlace<T>* lines;
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       panel = carver.take<T>(plan.flat ? plan.flat_elements()
@@ -259,18 +297,20 @@ struct GatherGemm {
       class_bias = carver.take<T>(plan.padded_rows);
       present = carver.take<bool>(plan.block_tiles * plan.offset_block);
       places = carver.take<TilePlace>(plan.block_tiles);
+      vectors = carver.take<VectorPlace>(pixels / kLanes<T>);
       for (PixelRun** list : {&runs, &packed, &stored}) *list = carver.take<PixelRun>(pixels);
       // A tap spans at most one more partial sum than its channels fill.
       segments.list =
           carver.take<Segment>(offsets + offsets * plan.channel_block / partial_sum + 2);
       row_offsets = carver.take<int64_t>(2 * tile.rows);
       targets = carver.take<TileTarget<T>>(plan.padded_rows / plan.row_width);
+      lines = carver.take<LinePlace<T>>(plan.target_in_turns ? plan.padded_rows : 0);
       return carver.used();
     };
     carve(thread_scratch(carve(nullptr)));
 
     const int64_t run_count = pixel_pack.list_runs(first_tile, tiles, runs);
-    pixel_pack.place_tiles(runs, run_count, tiles, places);
+    pixel_pack.place_tiles(runs, run_count, tiles, places, vectors);
     const auto is_packed = [&](int64_t t) { return places[t].source < 0; };
     const auto is_stored = [&](int64_t t) { return places[t].target < 0; };
     const int64_t packed_count = pixel_pack.join_runs(runs, run_count, is_packed, packed);
@@ -292,7 +332,7 @@ struct GatherGemm {
             });
           in_phase(Phase::kProduct, [&] {
             multiply(group, chunk, tiles, places, c0, channels, u0, u, panel, present, segments,
-                     row_offsets, targets, sums, plan.params.bias ? bias : nullptr);
+                     row_offsets, targets, lines, sums, plan.params.bias ? bias : nullptr);
           });
         }
       in_phase(Phase::kStore, [&] {

@@ -25,6 +25,19 @@ constexpr double kUnaligned = 1.18;
 // and share few sets of the L1 cache.
 constexpr double kSlices = 1.12;
 
+// The part of a product's time that it waits for the lines of a target that it does not write
+// itself, but after a block.
+constexpr double kWaiting = 0.1;
+
+// The part of the positions that have all taps.
+double inside_fraction(const GatherPlan& plan) {
+  if (plan.offsets() == 0) return 0;
+  return static_cast<double>(
+             positions_inside(plan.h, plan.offsets_h.front(), plan.offsets_h.back()) *
+             positions_inside(plan.w, plan.offsets_w.front(), plan.offsets_w.back())) /
+         static_cast<double>(std::max<int64_t>(1, plan.h.positions * plan.w.positions));
+}
+
 // The part of the tiles that cannot be read where they are, where rows are lanes: those at the ends
 // of rows, and any of which a tap would read outside.
 double packed_fraction(const GatherPlan& plan, int64_t pixel_width) {
@@ -90,7 +103,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
   const double stored_element = kElement + (plan.stored_bytes < element_bytes ? kRounded : 0.0);
   const Flat flat_lanes = flat_images(plan, false, element_bytes),
              flat_rows = flat_images(plan, true, element_bytes);
-  Layout best{false, by_phase, false, 0, std::numeric_limits<double>::max()};
+  Layout best{false, by_phase, false, false, 0, std::numeric_limits<double>::max()};
   for (int across = 0; across < 2; ++across)
     for (int t = 0; t < tile_count; ++t) {
       const bool rows_across = across == 1;
@@ -114,7 +127,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
             pixels;
       }
       double pack, store;
-      bool flat = false;
+      bool flat = false, in_turns = false;
       if (rows_across) {
         const double crossing = packed_fraction(plan, pixel_width);
         const double element = plan.source.stride[1] <= 16                       ? kElement
@@ -165,6 +178,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         pack = offsets * channels *
                (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + row : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
+        in_turns = !by_phase && takes_turns(plan, row_width);
         // With a step, rows that hold a tile are better off: most of their tiles are written where
         // the result lies, and a tap begins anew less often.
         const bool narrow = plan.w.positions < pixel_width;
@@ -181,8 +195,9 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
           }
         }
       }
-      const double cycles = positions * (multiply + pack + store);
-      if (cycles < best.cycles) best = {rows_across, by_phase, flat, t, cycles};
+      double cycles = positions * (multiply + pack + store);
+      if (in_turns) cycles *= 1 - kWaiting * inside_fraction(plan);
+      if (cycles < best.cycles) best = {rows_across, by_phase, flat, in_turns, t, cycles};
     }
   return best;
 }
@@ -203,8 +218,10 @@ Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int t
       if ((h && !may_merge(params.problem.h)) || (w && !may_merge(params.problem.w))) continue;
       const Layout layout = best_layout(make_gather(op, params, format, h, w), tiles, tile_count,
                                         format.lanes, format.element_bytes, 0);
-      // Weights of merged phases are packed one by one, which a few percent do not pay for.
-      if (option == 0 || layout.cycles < 0.95 * best.layout.cycles) best = {h, w, layout};
+      // Weights of merged phases are packed one by one, which a few percent do not pay for, unless
+      // phases lie together there as in the target.
+      if (option == 0 || layout.cycles < (layout.in_turns ? 1.0 : 0.95) * best.layout.cycles)
+        best = {h, w, layout};
     }
     return best;
   };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gather.h"
+#include "microkernel.h"
 #include "shuffle.h"
 
 namespace deconv {
@@ -19,7 +20,9 @@ struct PixelRun {
 struct TilePlace {
   int64_t source;  // element of its first pixel, if it is read where it is; else -1: packed
   int64_t target;  // the same of the target, if the product itself writes it; else -1: summed
-  bool whole;      // its pixels have a source at all offsets of the panel, be it padding
+  const VectorPlace* vectors;  // where phases take turns: places of its vectors, from `target` on
+  bool in_pieces;              // one of them at least
+  bool whole;  // its pixels have a source at all offsets of the panel, be it padding
 };
 
 // T: elements of the panel. Source: pointer to what is packed.
@@ -73,26 +76,68 @@ struct GatherPixels {
     return n;
   }
 
-  void place_tiles(const PixelRun* runs, int64_t run_count, int64_t tiles,
-                   TilePlace* places) const {
+  // `vectors` is room for the places of all tiles' vectors.
+  void place_tiles(const PixelRun* runs, int64_t run_count, int64_t tiles, TilePlace* places,
+                   VectorPlace* vectors) const {
     const PixelRun* run = runs;
     for (int64_t t = 0; t < tiles; ++t) {
       const PixelRun* first = run;
-      while (run < runs + run_count && run->at < (t + 1) * plan.pixel_width) ++run;
-      const bool inside = run == first + 1 && has_all_taps(*first);
-      places[t].source = inside && plan.source_in_place
-                             ? plan.source.at(first->n, 0, first->jh * plan.h.source_step,
-                                              first->jw * plan.w.source_step)
-                             : -1;
-      places[t].target = inside && plan.target_in_place && has_all_targets(*first)
-                             ? plan.target.at(first->n, 0, first->jh * plan.h.target_step,
-                                              first->jw * plan.w.target_step)
-                             : -1;
+      bool taps = true, targets = plan.target_in_place;
+      for (; run < runs + run_count && run->at < (t + 1) * plan.pixel_width; ++run) {
+        taps = taps && has_all_taps(*run);
+        targets = targets && has_all_targets(*run);
+      }
+      const bool in_one = run == first + 1 && first->count == plan.pixel_width;
+      TilePlace& place = places[t];
+      place = {-1, -1, nullptr, false};
+      if (taps && in_one && plan.source_in_place)
+        place.source = plan.source.at(first->n, 0, first->jh * plan.h.source_step,
+                                      first->jw * plan.w.source_step);
+      if (!taps || !targets) continue;
+      if (!plan.target_in_turns) {
+        if (in_one) place.target = target_of(*first, 0);
+      } else if (place_vectors(first, run, vectors)) {
+        place.target = 0;
+        place.vectors = vectors;
+        vectors += plan.pixel_width / kLanes<T>;
+      }
     }
   }
 
+  int64_t target_of(const PixelRun& run, int64_t pixel) const {
+    return plan.target.at(run.n, 0, run.jh * plan.h.target_step,
+                          (run.jw + pixel) * plan.w.target_step);
+  }
+
+  // Of a tile that consists of the runs [run, last). False if a vector would lie in three pieces.
+  bool place_vectors(const PixelRun* run, const PixelRun* last, VectorPlace* vectors) const {
+    int64_t used = 0;  // pixels of the run
+    for (int64_t n = 0; n < plan.pixel_width / kLanes<T>; ++n) {
+      VectorPlace& v = vectors[n];
+      v = {0, 0, 0, 0};
+      for (int64_t left = kLanes<T>; left > 0 && run < last;) {
+        const int64_t count = min_of(left, run->count - used), at = target_of(*run, used);
+        if (v.head == 0) v.first = at;
+        if (v.rest == 0 && at == v.first + v.head * plan.w.target_step) {
+          v.head += count;
+        } else if (v.rest == 0 || at == v.second + v.rest * plan.w.target_step) {
+          if (v.rest == 0) v.second = at;
+          v.rest += count;
+        } else {
+          return false;
+        }
+        left -= count;
+        used += count;
+        if (used < run->count) continue;
+        ++run;
+        used = 0;
+      }
+    }
+    return true;
+  }
+
   bool has_all_taps(const PixelRun& run) const {
-    if (plan.batch_innermost || run.count != plan.pixel_width || plan.offsets() == 0) return false;
+    if (plan.batch_innermost || plan.offsets() == 0) return false;
     const int64_t ih = run.jh * plan.h.source_step, iw = run.jw * plan.w.source_step,
                   last_iw = iw + (run.count - 1) * plan.w.source_step;
     return ih + plan.offsets_h.front() >= 0 && ih + plan.offsets_h.back() < plan.h.source &&

@@ -9,6 +9,7 @@ namespace cpu {
 
 struct Layout {
   bool rows_across, rows_by_phase, flat;
+  bool in_turns;  // phases of a row of the target, written by the product itself
   int tile;
   double cycles;  // for one image and group
 };
@@ -77,6 +78,14 @@ Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int t
 // image's geometry alone, so that a sample's result does not depend on its batch, on the number of
 // threads or on the tile.
 void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads, const BlockLimits& limits);
+
+// Whether merged phases have unequal taps, so that some weights are zeros.
+bool lacks_taps(const PhaseClass& axis);
+
+// Where pixels are lanes: whether a tile of so many rows has all phases of some rows of the target,
+// by one tap, and so can write them itself, in turns. (With more taps, those at the edges read
+// padding and are stored apart, which made it slower.)
+bool takes_turns(const GatherPlan& plan, int64_t row_width);
 
 // Pairs the classes of both axes and lays out the packed rows of a chunk.
 void pair_classes(GatherPlan& plan);

@@ -41,19 +41,44 @@ struct GatherWeights {
     } else if (vectorizable()) {
       return pack_by_vectors(source, rows, channels, panel);
     }
+    switch (piece()) {
+      case 2:
+        return pack_by_pieces<2>(source, rows, channels, panel);
+      case 4:
+        return pack_by_pieces<4>(source, rows, channels, panel);
+    }
+    pack_by_pieces<1>(source, rows, channels, panel);
+  }
+
+  // Kernel elements that lie together in the weight as in the panel: those of phases that have one
+  // tap each, the same for all.
+  int64_t piece() const {
+    const PhaseClass& w = plan.w.classes.front();
+    if (plan.w.classes.size() != 1 || w.offsets.size() != 1 || plan.rows_by_phase ||
+        plan.weight.kernel_w != 1 || plan.row_width % w.phases != 0 || plan.weight_at(1, 0) != 1)
+      return 1;
+    for (int64_t i = 0; i < w.phases; ++i)
+      if (w.k[i] != w.k[0] + i) return 1;
+    return w.phases;
+  }
+
+  template <int Piece>
+  DECONV_PHASE void pack_by_pieces(Source source, int64_t rows, int64_t channels, T* panel) const {
     int64_t from[kScatter], to[kScatter];
     int64_t count = 0;
     const auto flush = [&] {
       for (int64_t c = 0; c < channels; ++c) {
         const Source x = source + c * plan.weight.channel;
         T* y = panel + plan.weight_at(0, c);
-        for (int64_t i = 0; i < count; ++i) y[to[i]] = convert<T>(x[from[i]]);
+        for (int64_t i = 0; i < count; ++i)
+          for (int j = 0; j < Piece; ++j) y[to[i] + j] = convert<T>(x[from[i] + j]);
       }
       count = 0;
     };
     for (const GatherClass& g : plan.classes)
       for (int64_t row = 0; row < rows; ++row)
         for_each_place(g, rows, row, channels, [&](int64_t kh, int64_t kw, int64_t place) {
+          if (Piece > 1 && kw != plan.w.classes[g.w].k[0]) return;
           from[count] =
               row * plan.weight.row + kh * plan.weight.kernel_h + kw * plan.weight.kernel_w;
           to[count] = place;

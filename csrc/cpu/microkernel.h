@@ -16,7 +16,7 @@
 // Register budget: RM * RN sums + RN vectors of B + 1 broadcast <= the ISA's registers.
 #pragma once
 
-#include "simd.h"
+#include "shuffle.h"
 
 namespace deconv {
 namespace cpu {
@@ -36,14 +36,33 @@ struct Segment {
   bool ends_part;  // whether a partial sum ends here
 };
 
+// Where the lanes of a vector go: the first `head` to one place, so many of the `rest` to another.
+struct VectorPlace {
+  int64_t first, head, second, rest;
+};
+
+// A row of C that rows of the tile take turns in: elements from c on to where its VectorPlaces
+// count from, and what is added last.
+template <class T>
+struct LinePlace {
+  int64_t at;
+  T bias;
+};
+
 // C: a panel of sums, or the place of the result itself.
 template <class T>
 struct TileTarget {
   T* c;
-  int64_t pitch;    // from row to row
-  int64_t rows;     // that exist, at most RM
+  union {
+    int64_t pitch;               // from row to row
+    const VectorPlace* vectors;  // [RN], where rows take turns
+  };
+  int64_t rows;     // of C that exist, at most RM
   bool accumulate;  // add to what is there
-  const T* bias;    // [RN vectors] added last, or null
+  union {
+    const T* bias;              // [RN vectors] added last, or null
+    const LinePlace<T>* lines;  // [rows], where rows take turns
+  };
 };
 
 template <class T>
@@ -101,7 +120,47 @@ DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, int6
   }
 }
 
-template <class T, int RM, int RN, Steps steps>
+// Phases rows of sums at a time to one row of C. If InPieces, vectors may be divided.
+template <class T, int RM, int RN, int Phases, bool InPieces>
+DECONV_INLINE void store_in_turns(const Vector<T>* sum, const TileTarget<T>& to) {
+  constexpr int kN = kLanes<T>;
+  unroll<RM / Phases>([&](auto row) DECONV_INLINED {
+    if (row >= to.rows) return;
+    T* c = to.c + to.lines[row].at;
+    const T bias = to.lines[row].bias;
+    unroll<RN>([&](auto n) DECONV_INLINED {
+      const VectorPlace& place = to.vectors[n];
+      Vector<T> v[Phases];
+      unroll<Phases>([&](auto p) DECONV_INLINED { v[p] = sum[(row * Phases + p) * RN + n]; });
+      join_residues<T, Phases>(v);
+      if (!InPieces || place.head == kN) {
+        unroll<Phases>([&](auto p) DECONV_INLINED {
+          T* at = c + place.first + p * kN;
+          if (to.accumulate) v[p] += load_vector(at);
+          store_vector(at, v[p] + bias);
+        });
+        return;
+      }
+      T lanes[Phases * kN];
+      for (int p = 0; p < Phases; ++p) store_vector(lanes + p * kN, v[p]);
+      const auto store = [&](T* at, const T* from, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+          at[i] = (to.accumulate ? from[i] + at[i] : from[i]) + bias;
+      };
+      store(c + place.first, lanes, place.head * Phases);
+      store(c + place.second, lanes + place.head * Phases, place.rest * Phases);
+    });
+  });
+}
+
+// A function of its own, which finds the sums in memory: or else they would be there all the time.
+template <class T, int RM, int RN, int Phases>
+__attribute__((noinline)) void store_pieces(const Vector<T>* sum, const TileTarget<T>& to) {
+  store_in_turns<T, RM, RN, Phases, true>(sum, to);
+}
+
+// If Phases > 1, so many rows of the tile, a divisor of RM, take turns in a row of C.
+template <class T, int RM, int RN, Steps steps, int Phases = 1>
 void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_t tasks) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
@@ -130,6 +189,18 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
       unroll<RM * RN>([&](auto i) DECONV_INLINED { sum[i] += load_vector(parts + i * kN); });
 
     const TileTarget<T>& to = task->to;
+    if constexpr (Phases > 1) {
+      bool whole = true;
+      for (int n = 0; n < RN; ++n) whole &= to.vectors[n].head == kN;
+      if (whole) {
+        store_in_turns<T, RM, RN, Phases, false>(sum, to);
+      } else {
+        Vector<T> copy[RM * RN];
+        unroll<RM * RN>([&](auto i) DECONV_INLINED { copy[i] = sum[i]; });
+        store_pieces<T, RM, RN, Phases>(copy, to);
+      }
+      continue;
+    }
     T* c = to.c;
     const T* bias = to.bias;
     // The full tile apart, so that its stores are not interrupted by questions.
@@ -170,8 +241,15 @@ template <class T>
 struct Tile {
   int rows, vectors;  // RM, RN
   MultiplyTiles<T> contiguous_a, panel_a, panel_b;
+  MultiplyTiles<T> panel_a_by_2, panel_a_by_4;  // where so many rows take turns, or null
   void (*multiply_short)(int64_t steps, const ShortProduct<T>&);  // or null
 };
+
+template <class T, int RM, int RN, int Phases>
+constexpr MultiplyTiles<T> tiles_in_turns() {
+  if constexpr (RM % Phases == 0) return multiply_tiles<T, RM, RN, Steps::kPanelA, Phases>;
+  return nullptr;
+}
 
 template <class T, int RM, int RN>
 constexpr Tile<T> make_tile() {
@@ -180,6 +258,8 @@ constexpr Tile<T> make_tile() {
           multiply_tiles<T, RM, RN, Steps::kContiguousA>,
           multiply_tiles<T, RM, RN, Steps::kPanelA>,
           multiply_tiles<T, RM, RN, Steps::kPanelB>,
+          tiles_in_turns<T, RM, RN, 2>(),
+          tiles_in_turns<T, RM, RN, 4>(),
           multiply_short_by<T, RN>};
 }
 

@@ -166,7 +166,10 @@ struct WeightGemm : WeightParts<S> {
                                       packed_x + t * pixels * width,
                                       row_offsets + r,
                                       {block_sums + r * lane_tiles * width + t * width,
-                                       lane_tiles * width, tile.rows, index > begin, nullptr}};
+                                       {lane_tiles * width},
+                                       tile.rows,
+                                       index > begin,
+                                       {nullptr}}};
             tile.panel_b(segments, tasks, count_tasks);
           }
         });
