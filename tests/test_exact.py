@@ -155,3 +155,19 @@ def test_half_rounds_once() -> None:
         twice = (y - bias).bfloat16() + bias.bfloat16()
         found += int((twice != y.bfloat16()).sum())
     assert found > 100, dtype_name(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", (2, 4, (1, 2), (3, 4)))
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_exact_where_phases_take_turns(isa: str, kernel: int | tuple[int, int]) -> None:
+    """Kernel = stride in NCHW: rows of pixels that divide vectors or not, many channels, groups."""
+    shapes = ((2, 16, 9, 48), (3, 6, 14, 14), (1, 700, 5, 37), (2, 12, 4, 5), (5, 24, 1, 64))
+    for shape, c_out, groups in itertools.product(shapes, (1, 7, 24), (1, 2)):
+        case = make_case("turns", shape, c_out * groups, kernel, kernel, groups=groups)
+        operands, results = exact(case, False)
+        for dtype in (torch.float32, torch.float64):
+            t = cast(operands, dtype)
+            with use_isa(isa):
+                assert_equal(run("forward", case, t), results["forward"].to(dtype), case)
+                no_bias = C.forward(t.x, t.w, None, *case.geometry, algo="auto")
+            assert_equal(no_bias + t.bias[:, None, None], results["forward"].to(dtype), case)
