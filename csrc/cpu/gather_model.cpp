@@ -29,15 +29,6 @@ constexpr double kSlices = 1.12;
 // itself, but after a block.
 constexpr double kWaiting = 0.1;
 
-// The part of the positions that have all taps.
-double inside_fraction(const GatherPlan& plan) {
-  if (plan.offsets() == 0) return 0;
-  return static_cast<double>(
-             positions_inside(plan.h, plan.offsets_h.front(), plan.offsets_h.back()) *
-             positions_inside(plan.w, plan.offsets_w.front(), plan.offsets_w.back())) /
-         static_cast<double>(std::max<int64_t>(1, plan.h.positions * plan.w.positions));
-}
-
 // The part of the tiles that cannot be read where they are, where rows are lanes: those at the ends
 // of rows, and any of which a tap would read outside.
 double packed_fraction(const GatherPlan& plan, int64_t pixel_width) {
@@ -196,7 +187,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         }
       }
       double cycles = positions * (multiply + pack + store);
-      if (in_turns) cycles *= 1 - kWaiting * inside_fraction(plan);
+      if (in_turns) cycles *= 1 - kWaiting;
       if (cycles < best.cycles) best = {rows_across, by_phase, flat, in_turns, t, cycles};
     }
   return best;

@@ -21,7 +21,6 @@ struct TilePlace {
   int64_t source;  // element of its first pixel, if it is read where it is; else -1: packed
   int64_t target;  // the same of the target, if the product itself writes it; else -1: summed
   const VectorPlace* vectors;  // where phases take turns: places of its vectors, from `target` on
-  bool in_pieces;              // one of them at least
   bool whole;  // its pixels have a source at all offsets of the panel, be it padding
 };
 

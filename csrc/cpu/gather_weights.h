@@ -53,12 +53,13 @@ struct GatherWeights {
   // Kernel elements that lie together in the weight as in the panel: those of phases that have one
   // tap each, the same for all.
   int64_t piece() const {
-    const PhaseClass& w = plan.w.classes.front();
-    if (plan.w.classes.size() != 1 || w.offsets.size() != 1 || plan.rows_by_phase ||
-        plan.weight.kernel_w != 1 || plan.row_width % w.phases != 0 || plan.weight_at(1, 0) != 1)
+    if (plan.w.classes.size() != 1 || plan.rows_by_phase || plan.weight.kernel_w != 1 ||
+        plan.weight_at(1, 0) != 1)
       return 1;
+    const PhaseClass& w = plan.w.classes.front();
+    if (w.offsets.size() != 1 || plan.row_width % w.phases != 0) return 1;
     for (int64_t i = 0; i < w.phases; ++i)
-      if (w.k[i] != w.k[0] + i) return 1;
+      if (w.k[i] < 0 || w.k[i] != w.k[0] + i) return 1;
     return w.phases;
   }
 
