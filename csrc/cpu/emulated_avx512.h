@@ -38,14 +38,8 @@ inline __m512d fmadd_pd(__m512d a, __m512d b, __m512d c) {
   return by_halves<__m512d, __m256d>(
       [](__m256d x, __m256d y, __m256d z) { return _mm256_fmadd_pd(x, y, z); }, a, b, c);
 }
-inline __m512 fmsub_ps(__m512 a, __m512 b, __m512 c) {
-  return by_halves<__m512, __m256>(
-      [](__m256 x, __m256 y, __m256 z) { return _mm256_fmsub_ps(x, y, z); }, a, b, c);
-}
-inline __m512d fmsub_pd(__m512d a, __m512d b, __m512d c) {
-  return by_halves<__m512d, __m256d>(
-      [](__m256d x, __m256d y, __m256d z) { return _mm256_fmsub_pd(x, y, z); }, a, b, c);
-}
+inline __m512 fmsub_ps(__m512 a, __m512 b, __m512 c) { return fmadd_ps(a, b, -c); }
+inline __m512d fmsub_pd(__m512d a, __m512d b, __m512d c) { return fmadd_pd(a, b, -c); }
 
 inline __m512i cvtepu16_epi32(__m256i v) {
   const __m256i halves[] = {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(v)),

@@ -38,7 +38,7 @@ inline Vector<T> load_every(P p, int64_t count) {
 
 template <class T>
 inline void clear(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+  for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 
 // A loop over vectors would become a call of memcpy, which costs more than the few there are.

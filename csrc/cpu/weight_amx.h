@@ -155,7 +155,7 @@ struct WeightAmx : WeightParts<BFloat16> {
     carve(thread_scratch(carve(nullptr)));
     if (!sums) sums = own_sums;
     // What is multiplied with zeros has to be a number, or elements are computed again.
-    clear_words(patches, patch_outputs * patch_pitch());
+    clear(patches, patch_outputs * patch_pitch());
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(index, strips);
       in_phase(Phase::kPack, [&] {
@@ -206,10 +206,6 @@ struct WeightAmx : WeightParts<BFloat16> {
            patch_h.shift_of(p.h, part.kh, kh) * pitch() + patch_w.shift_of(p.w, part.kw, kw);
   }
 
-  static void clear_words(BFloat16* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16{0};
-  }
-
   // A strip of x for one tile of lanes: [pair of pixels][width], zeros between lines. `rows` is
   // room for a line.
   DECONV_PHASE void pack_pairs(const Part& part, const Strip& strip, int64_t t, const Block& block,
@@ -254,8 +250,7 @@ struct WeightAmx : WeightParts<BFloat16> {
         for (int64_t e = 0; e < patch_h.extent; ++e, line_to += pitch()) {
           const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, h) + e * p.h.stride;
           if (oh < 0 || oh >= p.h.out || head == tail) {
-            for (int64_t co = 0; co < count; ++co)
-              clear_words(line_to + co * patch_pitch(), extent);
+            for (int64_t co = 0; co < count; ++co) clear(line_to + co * patch_pitch(), extent);
             continue;
           }
           const BFloat16* dy =
