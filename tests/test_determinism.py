@@ -29,6 +29,7 @@ CASES = (
     make_case("few_outputs", (3, 30, 17, 19), 1, 9, 2, 4, 1),
     make_case("one_pixel", (6, 40, 1, 1), 30, 4),
     make_case("four_terms", (5, 64, 13, 17), 1, 2, 2),
+    make_case("large_kernel", (3, 20, 6, 7), 5, 16, 8, 4),
     make_case("many_pixels", (2, 3, 61, 59), 2, 3, 2, 1, 1),
 )
 LAYOUTS = ("contiguous", "channels_last")

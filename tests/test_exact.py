@@ -171,3 +171,23 @@ def test_exact_where_phases_take_turns(isa: str, kernel: int | tuple[int, int]) 
                 assert_equal(run("forward", case, t), results["forward"].to(dtype), case)
                 no_bias = C.forward(t.x, t.w, None, *case.geometry, algo="auto")
             assert_equal(no_bias + t.bias[:, None, None], results["forward"].to(dtype), case)
+
+
+@pytest.mark.parametrize("padding", (0, 3, (1, 5)))
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_exact_where_the_taps_of_a_row_are_one_copy(
+    isa: str, padding: int | tuple[int, int]
+) -> None:
+    """grad_input of large kernels in NCHW, whose taps fill a panel or not; channels, groups."""
+    shapes = ((2, 21, 7, 6), (1, 50, 3, 19), (9, 4, 5, 5))
+    kernels = ((16, 8), (9, 9), ((40, 31), (17, 16)), ((3, 24), (3, 9)))
+    for shape, (kernel, stride), c_out, groups in itertools.product(
+        shapes, kernels, (2, 5), (1, 2)
+    ):
+        channels = (shape[0], shape[1] * groups, *shape[2:])
+        case = make_case("runs", channels, c_out * groups, kernel, stride, padding, groups=groups)
+        operands, results = exact(case, False)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            with use_isa(isa):
+                got = run("grad_input", case, cast(operands, dtype))
+            assert_equal(got, results["grad_input"].to(dtype), case)

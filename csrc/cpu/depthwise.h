@@ -58,6 +58,19 @@ struct Depthwise {
     for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(values + v * kN);
   }
 
+  // The lines of grad_input's next column, for Vectors of channels from c on. A pixel is read in
+  // pieces that are too short for the processor to see what comes.
+  template <int Vectors>
+  void fetch_next(Terms h, Terms w, const S* source, int64_t c) const {
+    constexpr int kLine = 64 / sizeof(S);
+    if (w.count == 0) return;
+    const S* last = source + w.list[w.count - 1].source + c;
+    for (int64_t i = 0; i < h.count; ++i)
+      for (int64_t pixel = 1; pixel <= p.w.stride; ++pixel)
+        for (int at = 0; at < Vectors * kN; at += kLine)
+          prefetch(last + h.list[i].source + pixel * params.y.stride[3] + at);
+  }
+
   // to[i] = start[i] + sum over both axes' terms of weight * source, for Vectors of channels from c
   // on, or for `channels` fewer than a vector
   template <int Vectors>
@@ -111,8 +124,10 @@ struct Depthwise {
       const Terms w = find_terms(at, source.stride[3], p.c_in, list_w);
       S* to = static_cast<S*>(target.data) + target.at(n, 0, line, column);
       int64_t c = 0;
-      for (; c + kVectors * kN <= p.c_in; c += kVectors * kN)
+      for (; c + kVectors * kN <= p.c_in; c += kVectors * kN) {
+        if (!forward) fetch_next<kVectors>(h, w, image, c);
         sum_terms<kVectors>(h, w, image, c, start, to);
+      }
       for (; c < p.c_in; c += kN)
         sum_terms<1>(h, w, image, c, start, to, min_of<int64_t>(kN, p.c_in - c));
     }

@@ -160,7 +160,7 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
   plan.channel_block =
       round_up(ceil_div(plan.channels, ceil_div(plan.channels, most)), plan.channel_unit);
   // Flat pixels serve all offsets.
-  const bool all = plan.most_channels != std::numeric_limits<int64_t>::max();
+  const bool all = plan.most_channels != std::numeric_limits<int64_t>::max() && !plan.by_channel;
   plan.offset_block =
       all ? offsets
           : std::min(offsets,
@@ -297,8 +297,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   GatherPlan plan = make_gather(op, params, format, choice.merged_h, choice.merged_w);
   for (int64_t h : plan.offsets_h)
     for (int64_t w : plan.offsets_w) plan.source_at.push_back(plan.source.at(0, 0, h, w));
-  const Layout layout =
-      best_layout(plan, tiles, tile_count, lanes, element_bytes, params.problem.batch);
+  const Layout layout = best_layout(plan, tiles, tile_count, lanes, element_bytes,
+                                    params.problem.batch, choice.layout.by_channel);
   plan.rows_across = layout.rows_across;
   plan.rows_by_phase = layout.rows_by_phase;
   plan.flat = layout.flat;
@@ -309,11 +309,15 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   // strided access; where neighbouring elements are not channels, which a tile needs anyway, if
   // more than a fifth do.
   plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
-  plan.batch_innermost =
-      plan.batch >= lanes && plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : 0.8);
+  plan.batch_innermost = plan.batch >= lanes &&
+                         plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : kFewPadding);
   // It decides the order of summation, so it must not depend on the batch.
-  if (choice.layout.flat)
+  plan.by_channel = choice.layout.by_channel;
+  if (plan.by_channel) {
+    plan.most_channels = 1;
+  } else if (choice.layout.flat) {
     plan.most_channels = flat_images(plan, choice.layout.rows_across, element_bytes).channels;
+  }
   choose_blocks(plan, element_bytes, threads, kLimits);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);

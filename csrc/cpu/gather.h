@@ -98,6 +98,9 @@ struct GatherPlan {
   // steps of the source: of both axes where pixels are lanes, else of h alone, and a position is
   // step w neighbouring pixels with all their channels.
   bool flat;
+  // Rows are lanes, and the sum goes channel by channel, so that a panel has one: the taps of a
+  // pixel that are neighbours in a row of the source are neighbours in the panel then.
+  bool by_channel;
   int64_t most_channels = std::numeric_limits<int64_t>::max();  // of a block
   int64_t flat_channel;          // elements from one channel to the next
   int64_t flat_residue;          // and from one image to the next, in pixels
@@ -151,10 +154,15 @@ struct GatherPlan {
     const int64_t elements = block_channels * pixel_width;
     return elements * element_bytes <= 8 * 64 ? elements : odd_lines(elements, element_bytes);
   }
+  // Where rows are lanes: from one pixel to the next.
+  int64_t pixel_pitch(int64_t block_channels, int64_t block_offsets, int64_t element_bytes) const {
+    const int64_t elements = block_offsets * block_channels;
+    return by_channel ? odd_lines(elements, element_bytes) : elements;
+  }
   // From one tile to the next.
   int64_t tile_pitch(int64_t block_channels, int64_t block_offsets, int64_t element_bytes) const {
-    return (rows_across ? pixel_width : 1) * block_offsets *
-           tap_pitch(block_channels, element_bytes);
+    return rows_across ? pixel_width * pixel_pitch(block_channels, block_offsets, element_bytes)
+                       : block_offsets * tap_pitch(block_channels, element_bytes);
   }
   // Within the packed weights of a tile of rows and a tap. Where the product takes several channels
   // at a time and rows are its broadcast side, those of a row lie together.

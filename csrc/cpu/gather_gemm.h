@@ -99,7 +99,7 @@ struct GatherGemm {
     for (int m = 0; m < tile.rows; ++m) {
       row_offsets[m] = !plan.rows_across ? plan.weight_at(m, 0)
                        : plan.flat       ? m * plan.flat_position(channels)
-                                         : m * offsets * channels;
+                                         : m * plan.pixel_pitch(channels, offsets, sizeof(T));
       in_place_offsets[m] =
           plan.rows_across ? m * plan.w.source_step * plan.source.stride[3] : row_offsets[m];
     }

@@ -25,6 +25,9 @@ constexpr double kUnaligned = 1.18;
 // and share few sets of the L1 cache.
 constexpr double kSlices = 1.12;
 
+// The taps of a pixel in a row of the source, where they are copied as one run.
+constexpr double kTapRow = 16;
+
 // The part of a product's time that it waits for the lines of a target that it does not write
 // itself, but after a block.
 constexpr double kWaiting = 0.1;
@@ -82,7 +85,7 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
 }
 
 Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
-                   int64_t element_bytes, int64_t images) {
+                   int64_t element_bytes, int64_t images, std::optional<bool> wanted) {
   const double positions =
       static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
   const double channels = static_cast<double>(plan.channels),
@@ -94,7 +97,14 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
   const double stored_element = kElement + (plan.stored_bytes < element_bytes ? kRounded : 0.0);
   const Flat flat_lanes = flat_images(plan, false, element_bytes),
              flat_rows = flat_images(plan, true, element_bytes);
-  Layout best{false, by_phase, false, false, 0, std::numeric_limits<double>::max()};
+  // With one channel at a time, the taps in a row of the source are one copy. (Where much of a tile
+  // is padding, its pixels may be those of several images.)
+  const bool tap_runs = plan.channel_unit == 1 && plan.source.stride[3] == 1 &&
+                        plan.source.stride[1] != 1 && plan.offsets() > 0 &&
+                        plan.offsets_w.back() - plan.offsets_w.front() <
+                            static_cast<int64_t>(plan.offsets_w.size()) &&
+                        valid_fraction(plan.h) * valid_fraction(plan.w) >= kFewPadding;
+  Layout best{false, by_phase, false, false, false, 0, std::numeric_limits<double>::max()};
   for (int across = 0; across < 2; ++across)
     for (int t = 0; t < tile_count; ++t) {
       const bool rows_across = across == 1;
@@ -118,7 +128,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
             pixels;
       }
       double pack, store;
-      bool flat = false, in_turns = false;
+      bool flat = false, by_channel = false, in_turns = false;
       if (rows_across) {
         const double crossing = packed_fraction(plan, pixel_width);
         const double element = plan.source.stride[1] <= 16                       ? kElement
@@ -136,6 +146,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                                ? kRun / contiguous + kVectorStored / lanes
                            : by_phase && plan.target.stride[3] == 1 ? kTransposed
                                                                     : stored_element);
+        const double multiplied = multiply, stored = store;  // without flat images
         if (flat_rows.possible) {
           const double once =
               channels * flat_rows.waste * flat_rows.copies * static_cast<double>(plan.residues()) *
@@ -156,6 +167,19 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
             pack = once;
           } else {
             pack += listed;
+          }
+        }
+        if (tap_runs) {
+          // The sums of each channel are added to those of the ones before.
+          const double by_row = channels * (static_cast<double>(plan.offsets_h.size()) * kTapRow +
+                                            offsets * kVectorCopied / lanes +
+                                            outputs * (kVectorCopied + kVectorStored) / lanes);
+          by_channel = wanted.value_or(multiplied + stored + by_row < multiply + store + pack);
+          if (by_channel) {
+            flat = false;
+            multiply = multiplied;
+            store = stored;
+            pack = by_row;
           }
         }
       } else {
@@ -188,7 +212,9 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       }
       double cycles = positions * (multiply + pack + store);
       if (in_turns) cycles *= 1 - kWaiting;
-      if (cycles < best.cycles) best = {rows_across, by_phase, flat, in_turns, t, cycles};
+      if (wanted && by_channel != *wanted) continue;
+      if (cycles < best.cycles)
+        best = {rows_across, by_phase, flat, by_channel, in_turns, t, cycles};
     }
   return best;
 }

@@ -187,7 +187,7 @@ struct GatherPixels {
       const PixelRun* last = first;
       while (last < runs + run_count && last->at < (t + 1) * plan.pixel_width) ++last;
       T* to = panel + t * plan.tile_pitch(channels, offsets, sizeof(T));
-      if (places[t].source >= 0 || plan.flat) {
+      if (places[t].source >= 0 || plan.flat || plan.by_channel) {
         for (int64_t u = 0; u < offsets; ++u) present[t * offsets + u] = true;
       } else if (plan.rows_across) {
         pack_as_rows(source, first, last, t * plan.pixel_width, channels, u0, offsets, to,
@@ -199,6 +199,7 @@ struct GatherPixels {
       first = last;
     }
     if (planes) pack_planes(source, joined, joined_count, channels, u0, offsets, panel);
+    if (plan.by_channel) pack_tap_rows(source, joined, joined_count, tiles, u0, offsets, panel);
     if (!plan.flat || joined_count == 0) return;
     if (plan.rows_across) {
       pack_flat_as_rows(source, first_pixel, tiles, channels, panel);
@@ -429,6 +430,38 @@ struct GatherPixels {
     for (; count >= width; from += width, count -= width, tile += pitch)
       copy_vectors(tile, from, width / kLanes<T>);
     if (count > 0) copy_every<1>(tile, from, count, width);
+  }
+
+  // [pixel][offset] of one channel: the taps of a pixel in a row of the source are neighbours here
+  // as there. Row by row, so that memory is read in its own order.
+  DECONV_PHASE void pack_tap_rows(Source source, const PixelRun* joined, int64_t run_count,
+                                  int64_t tiles, int64_t u0, int64_t offsets, T* panel) const {
+    const int64_t count_w = plan.offsets_w.size(), step = plan.w.source_step,
+                  pitch = plan.pixel_pitch(1, offsets, sizeof(T));
+    int64_t pixels = 0;
+    for (const PixelRun* run = joined; run < joined + run_count; ++run) {
+      pixels = run->at + run->count;
+      for (int64_t u = 0, taps; u < offsets; u += taps) {
+        const int64_t first_w = (u0 + u) % count_w;
+        taps = min_of(count_w - first_w, offsets - u);
+        const int64_t ih = run->jh * plan.h.source_step + plan.offsets_h[(u0 + u) / count_w];
+        T* to = panel + run->at * pitch + u;
+        if (ih < 0 || ih >= plan.h.source) {
+          for (int64_t i = 0; i < run->count; ++i) clear(to + i * pitch, taps);
+          continue;
+        }
+        const Source row = source + plan.source.at(run->n, 0, ih, 0);
+        int64_t iw = run->jw * step + plan.offsets_w[first_w];
+        for (int64_t i = 0; i < run->count; ++i, iw += step, to += pitch) {
+          const int64_t begin = max_of<int64_t>(0, min_of(taps, -iw)),
+                        end = max_of(begin, min_of(taps, plan.w.source - iw));
+          clear(to, begin);
+          copy_every<1>(to + begin, row + iw + begin, end - begin, pitch - u - begin);
+          clear(to + end, taps - end);
+        }
+      }
+    }
+    for (; pixels < tiles * plan.pixel_width; ++pixels) clear(panel + pixels * pitch, offsets);
   }
 
   // [pixel][offset][channel]: where channels are contiguous and offsets follow each other,

@@ -2,6 +2,8 @@
 // (gather_model.cpp) share.
 #pragma once
 
+#include <optional>
+
 #include "gather.h"
 
 namespace deconv {
@@ -9,7 +11,8 @@ namespace cpu {
 
 struct Layout {
   bool rows_across, rows_by_phase, flat;
-  bool in_turns;  // phases of a row of the target, written by the product itself
+  bool by_channel;  // the sum goes channel by channel, each of which has its taps in rows
+  bool in_turns;    // phases of a row of the target, written by the product itself
   int tile;
   double cycles;  // for one image and group
 };
@@ -37,6 +40,10 @@ constexpr int64_t kLeastChannels = 64;
 constexpr double kVectorCopied = 2, kVectorStored = 3, kRun = 6, kElement = 2, kFarElement = 4,
                  kLoneElement = 8, kRounded = 6, kRow = 50, kListed = 16, kTransposed = 1.5;
 
+// Pixels may be those of several images where less than that part of the taps reads the source, and
+// channels are not contiguous there.
+constexpr double kFewPadding = 0.8;
+
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return ceil_div(value, multiple) * multiple;
 }
@@ -62,9 +69,11 @@ struct Flat {
 // With rows as lanes, or with pixels.
 Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes);
 
-// `images` = 0 leaves out what a partly filled tile of pixels wastes.
+// `images` = 0 leaves out what a partly filled tile of pixels wastes. With `by_channel`, the best
+// of those that sum so, or of those that do not.
 Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
-                   int64_t element_bytes, int64_t images);
+                   int64_t element_bytes, int64_t images,
+                   std::optional<bool> by_channel = std::nullopt);
 
 // The best tables and the best layout of "gemm" by the model, without regard to the batch.
 struct Choice {

@@ -28,8 +28,8 @@ struct PairRows {
 };
 
 inline void prefetch(PairRows p) {
-  __builtin_prefetch(p.even);
-  __builtin_prefetch(p.even + p.odd);
+  prefetch(p.even);
+  prefetch(p.even + p.odd);
 }
 
 inline Vector<float> pair_up(__m256i even, __m256i odd) {

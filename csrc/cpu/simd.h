@@ -321,6 +321,8 @@ inline void store_first_as(S* p, V v, int64_t count) {
 template <class S>
 inline void prefetch(const S* p) {
   __builtin_prefetch(p);
+  // Without this, GCC takes a function that does nothing but prefetch for one without effect.
+  asm volatile("");
 }
 
 }  // namespace DECONV_ISA

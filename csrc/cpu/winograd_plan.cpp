@@ -102,7 +102,7 @@ double cycles_of(const WinogradPlan& plan, const TileShape& tile, int lanes) {
 // One for all plans, since they share the pass over the weights.
 Layout best_layout(const std::vector<WinogradPlan>& plans, const TileShape* tiles, int tile_count,
                    int lanes) {
-  Layout best{true, true, false, false, 0, std::numeric_limits<double>::max()};
+  Layout best{true, true, false, false, false, 0, std::numeric_limits<double>::max()};
   for (int t = 0; t < tile_count; ++t) {
     double cycles = 0;
     for (const WinogradPlan& plan : plans) cycles += cycles_of(plan, tiles[t], lanes);
