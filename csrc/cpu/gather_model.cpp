@@ -85,7 +85,7 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
 }
 
 Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
-                   int64_t element_bytes, int64_t images, std::optional<bool> wanted) {
+                   int64_t element_bytes, int64_t images, std::optional<bool> by_channel) {
   const double positions =
       static_cast<double>(plan.h.positions) * static_cast<double>(plan.w.positions);
   const double channels = static_cast<double>(plan.channels),
@@ -128,7 +128,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
             pixels;
       }
       double pack, store;
-      bool flat = false, by_channel = false, in_turns = false;
+      bool flat = false, channelwise = false, in_turns = false;
       if (rows_across) {
         const double crossing = packed_fraction(plan, pixel_width);
         const double element = plan.source.stride[1] <= 16                       ? kElement
@@ -174,8 +174,8 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
           const double by_row = channels * (static_cast<double>(plan.offsets_h.size()) * kTapRow +
                                             offsets * kVectorCopied / lanes +
                                             outputs * (kVectorCopied + kVectorStored) / lanes);
-          by_channel = wanted.value_or(multiplied + stored + by_row < multiply + store + pack);
-          if (by_channel) {
+          channelwise = by_channel.value_or(multiplied + stored + by_row < multiply + store + pack);
+          if (channelwise) {
             flat = false;
             multiply = multiplied;
             store = stored;
@@ -212,9 +212,9 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
       }
       double cycles = positions * (multiply + pack + store);
       if (in_turns) cycles *= 1 - kWaiting;
-      if (wanted && by_channel != *wanted) continue;
+      if (by_channel && channelwise != *by_channel) continue;
       if (cycles < best.cycles)
-        best = {rows_across, by_phase, flat, by_channel, in_turns, t, cycles};
+        best = {rows_across, by_phase, flat, channelwise, in_turns, t, cycles};
     }
   return best;
 }

@@ -69,8 +69,8 @@ struct Flat {
 // With rows as lanes, or with pixels.
 Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes);
 
-// `images` = 0 leaves out what a partly filled tile of pixels wastes. With `by_channel`, the best
-// of those that sum so, or of those that do not.
+// `images` = 0 leaves out what a partly filled tile of pixels wastes. If `by_channel` is
+// given, only layouts that sum so count, or only those that do not.
 Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_count, int lanes,
                    int64_t element_bytes, int64_t images,
                    std::optional<bool> by_channel = std::nullopt);
