@@ -260,17 +260,18 @@ struct GatherStore {
           for (int64_t rw = 0; rw < w.phases; ++rw)
             from[phases++] = sums + g.first_row + plan.row_of(h, w, rows, 0, rh, rw);
         }
-        for (const PixelRun* run = runs; run < runs + run_count; ++run) {
-          const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
-          if (th < 0 || th >= plan.h.target) continue;
-          const int64_t start = run->jw * step + first_phase;
-          // Phases that do not exist lie beyond the target.
-          const int64_t begin = max_of<int64_t>(0, -start),
-                        end = min_of(run->count * step, plan.w.target - start);
-          for (int64_t row = 0; row < rows; row += kN)
+        // Some rows over all pixels: what follows each other in the target does so in time.
+        for (int64_t row = 0; row < rows; row += kN) {
+          const Vector<T> add = load_first<T>(bias + row, min_of(kN, rows - row));
+          for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+            const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
+            if (th < 0 || th >= plan.h.target) continue;
+            const int64_t start = run->jw * step + first_phase;
+            // Phases that do not exist lie beyond the target.
+            const int64_t begin = max_of<int64_t>(0, -start),
+                          end = min_of(run->count * step, plan.w.target - start);
             for (int64_t at = begin; at < end; at += kN) {
               const int64_t count = min_of(kN, end - at);
-              const Vector<T> add = load_first<T>(bias + row, min_of(kN, rows - row));
               Vector<T> square[kN];
               for (int64_t i = 0, pixel = at / step, phase = at % step; i < kN; ++i) {
                 square[i] =
@@ -287,6 +288,7 @@ struct GatherStore {
               for (int64_t i = 0; i < min_of(kN, rows - row); ++i)
                 store_first_as(to + i * plan.target.stride[1], square[i], count);
             }
+          }
         }
       }
     }
