@@ -155,12 +155,14 @@ void choose_blocks(GatherPlan& plan, int64_t element_bytes, int threads,
                 sum_elements = limits.sum_bytes / element_bytes;
   const int64_t offsets = std::max<int64_t>(plan.offsets(), 1);
   const int64_t most =
-      std::min(plan.most_channels,
-               std::max(limits.least_channels, panel_elements / (offsets * kBlockPixels)));
+      plan.by_channel
+          ? 1
+          : std::min(plan.most_channels,
+                     std::max(limits.least_channels, panel_elements / (offsets * kBlockPixels)));
   plan.channel_block =
       round_up(ceil_div(plan.channels, ceil_div(plan.channels, most)), plan.channel_unit);
   // Flat pixels serve all offsets.
-  const bool all = plan.most_channels != std::numeric_limits<int64_t>::max() && !plan.by_channel;
+  const bool all = plan.most_channels != std::numeric_limits<int64_t>::max();
   plan.offset_block =
       all ? offsets
           : std::min(offsets,
@@ -313,11 +315,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
                          plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : kFewPadding);
   // It decides the order of summation, so it must not depend on the batch.
   plan.by_channel = choice.layout.by_channel;
-  if (plan.by_channel) {
-    plan.most_channels = 1;
-  } else if (choice.layout.flat) {
+  if (choice.layout.flat)
     plan.most_channels = flat_images(plan, choice.layout.rows_across, element_bytes).channels;
-  }
   choose_blocks(plan, element_bytes, threads, kLimits);
   pair_classes(plan);
   if (plan.flat) lay_out_flat(plan, element_bytes);
