@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from deconv_ext.build import extension
-from deconv_ext.testing import make_case
+from deconv_ext.testing import Case, make_case
 from support import define, run
 
 PLAIN = ((1, 1), (0, 0, 0, 0), (0, 0), (1, 1), 1)
@@ -91,10 +91,37 @@ def test_winograd_by_default(layout: str) -> None:
         assert torch.equal(run(op, few, t), run(op, few, t, "gemm"))
 
 
+@pytest.mark.parametrize(
+    ("op", "case", "algo"),
+    [
+        ("forward", make_case("few", (2, 3, 9, 10), 16, 4, 2, 1), "direct"),
+        ("forward", make_case("shared taps", (2, 16, 9, 10), 5, 3, 2, 1, 1), "direct"),
+        ("forward", make_case("many", (2, 17, 9, 10), 5, 3, 2, 1, 1), "gemm"),
+        ("forward", make_case("short rows", (2, 3, 10, 7), 16, 4, 2, 1), "gemm"),
+        ("forward", make_case("phases without taps", (2, 3, 9, 10), 16, 4, 2, 1, 0, 2), "gemm"),
+        ("forward", make_case("two planes", (2, 8, 9, 10), 2, 4, 2, 1), "gemm"),
+        ("grad_input", make_case("two", (2, 16, 9, 10), 2, 2, 2), "direct"),
+        ("grad_input", make_case("groups", (2, 64, 9, 10), 32, 4, 2, 1, groups=4), "direct"),
+        ("grad_input", make_case("many, with a step", (2, 16, 9, 10), 9, 4, 2, 1), "gemm"),
+        ("grad_input", make_case("step three", (2, 56, 9, 10), 2, 9, 3, 4), "direct"),
+        ("grad_input", make_case("few uses", (2, 56, 9, 10), 2, 3, 3), "gemm"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_few_channels_by_default(op: str, case: Case, algo: str) -> None:
+    """Where pixels are contiguous, few channels are summed without a matrix product."""
+    t = case.operands(0)
+    chosen = run(op, case, t, "auto")
+    same = {name: torch.equal(chosen, run(op, case, t, name)) for name in ("direct", "gemm")}
+    assert same == {"direct": algo == "direct", "gemm": algo == "gemm"}
+    t = case.operands(0, torch.float32, "channels_last")
+    assert torch.equal(run(op, case, t, "auto"), run(op, case, t, "gemm"))
+
+
 def test_winograd_switched_off() -> None:
     code = """
 import torch
-from deconv_ext.testing import make_case
+from deconv_ext.testing import Case, make_case
 from deconv_ext.build import extension
 case = make_case("many", (1, 128, 32, 32), 128, 4, 2, 1)
 t = case.operands(0, torch.float32)

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 
 #include "../choices.h"
@@ -67,6 +68,32 @@ bool has_few_channels(const Problem& p) {
   return (p.c_in / p.groups) * (p.c_out / p.groups) <= kDirectProducts;
 }
 
+// Where pixels are contiguous, few channels that are summed for three planes or more: the direct
+// algorithm sums planes together and writes them from registers, while a matrix product would spend
+// more on packing pixels and on putting phases side by side than on multiplying. With step one in
+// the source each packed pixel serves several neighbouring taps, and more channels are few.
+constexpr int64_t kFewChannels = 8, kFewSharedChannels = 16;
+constexpr int64_t kLeastPlanes = 3, kLeastRow = 8;
+// Rows that are read with a step above two are split element by element, which has to be worth it:
+// so many multiply-adds for each element.
+constexpr int64_t kSplitUses = 256;
+
+bool sums_few_channels(Op op, const Params& params) {
+  if (op == Op::kGradWeight || params.x.stride[3] != 1 || params.y.stride[3] != 1) return false;
+  const Problem& p = params.problem;
+  const bool forward = op == Op::kForward;
+  const int64_t channels = (forward ? p.c_in : p.c_out) / p.groups,
+                planes = (forward ? p.c_out : p.c_in) / p.groups, step = p.w.stride;
+  // Otherwise there are phases without taps.
+  if (p.w.kernel < step || std::gcd(step, p.w.dilation) != 1) return false;
+  if (forward ? step > 2 && step != 4
+              : step > 2 && planes * p.h.kernel * p.w.kernel < kSplitUses * p.h.stride * step)
+    return false;
+  const bool shared = (forward || step == 1) && p.w.kernel > step;
+  return planes >= kLeastPlanes && p.w.in >= kLeastRow &&
+         channels <= (shared ? kFewSharedChannels : kFewChannels);
+}
+
 // forward plans one part for each phase. Strides of hundreds, where hardly any output has a tap,
 // are not worth such a table.
 constexpr int64_t kMostPhases = 4096;
@@ -127,7 +154,7 @@ const char* never_declines(Op, const Params&) { return nullptr; }
 bool always(Op, const Params&) { return true; }
 
 bool prefer_direct(Op op, const Params& p) {
-  return has_few_channels(p.problem) || has_many_phases(op, p.problem);
+  return has_few_channels(p.problem) || sums_few_channels(op, p) || has_many_phases(op, p.problem);
 }
 
 void run_depthwise(Op op, const Params& p, int threads) { kernels().depthwise(op, p, threads); }

@@ -4,7 +4,7 @@
 //
 //   for each block of rows of the target, in pieces of columns:
 //     pack the source rows that they read
-//     for each channel of the target, row t and column phase r:
+//     for each channel of the target (or some that share loads), row t and column phase r:
 //       sum over terms of weight * packed row, a few vectors of positions at a time in registers
 //     add the bias, apply the activation, put the phases back into their places, round, store
 #pragma once
@@ -65,17 +65,25 @@ struct Direct {
 
   int64_t weight_elements() const { return plan.groups * plan.rows * plan.all_terms(); }
 
-  void pack_weights() const {
-    for (int64_t i = 0; i < plan.groups * plan.rows; ++i) {
-      const int64_t group = i / plan.rows, row = i % plan.rows;
-      T* to = weights + i * plan.all_terms();
-      plan.for_each_term([&](int64_t c, int64_t th, int64_t tw) {
-        const int64_t kh = plan.h.taps[th].k, kw = plan.taps[tw].k;
-        *to++ = convert<T>(static_cast<const S*>(
-            params.w.data)[op == Op::kForward ? params.w.at(group * plan.channels + c, row, kh, kw)
-                                              : params.w.at(group * plan.rows + row, c, kh, kw)]);
+  void pack_weights(int threads) const {
+    const bool forward = op == Op::kForward;
+    std::vector<int64_t> from;  // elements from a plane's first weight to that of a term
+    from.reserve(plan.all_terms());
+    plan.for_each_term([&](int64_t c, int64_t th, int64_t tw) {
+      const int64_t kh = plan.h.taps[th].k, kw = plan.taps[tw].k;
+      from.push_back(forward ? params.w.at(c, 0, kh, kw) : params.w.at(0, c, kh, kw));
+    });
+    const int64_t few = 4096;  // are not worth waking a thread
+    parallel_for(plan.groups * plan.rows, weight_elements() < few ? 1 : threads, [&](int64_t i) {
+      in_phase(Phase::kWeights, [&] {
+        const int64_t group = i / plan.rows, row = i % plan.rows;
+        const S* plane = static_cast<const S*>(params.w.data) +
+                         (forward ? params.w.at(group * plan.channels, row, 0, 0)
+                                  : params.w.at(group * plan.rows + row, 0, 0, 0));
+        T* to = weights + i * plan.all_terms();
+        for (const int64_t at : from) *to++ = convert<T>(plane[at]);
       });
-    }
+    });
   }
 
   const T* weights_of(int64_t group, int64_t row) const {
@@ -85,22 +93,18 @@ struct Direct {
   Terms<T> terms(int64_t group, int64_t row, int64_t h_phase, int64_t i) const {
     const RowPlan::ColumnPhase& phase = plan.phases[i];
     const int64_t first = plan.first_term(h_phase, phase);
-    return {weights_of(group, row) + first, plan.places.data() + first, plan.terms(h_phase, phase)};
+    return {weights_of(group, row) + first, plan.places.data() + first, plan.terms(h_phase, phase),
+            plan.all_terms()};
   }
 
-  // Whether sums go from registers to the target: all phases have taps, few enough, and nothing but
-  // a bias is added.
+  // Whether sums go from registers to the target: all phases have taps, and nothing but a bias is
+  // added.
   static constexpr int64_t kMostStep = 4;
+  static constexpr int kPlanes = 4;  // that are summed together
   bool writes_in_place() const {
     const int64_t step = plan.w.target_step;
-    if (!plan.keep || phases != step || (step != 1 && step != 2 && step != kMostStep) ||
-        plan.target.stride[3] != 1 || params.activation != Activation::kNone)
-      return false;
-    int64_t most = 0;
-    for (int64_t r = 0; r < plan.h_phases(); ++r)
-      for (const RowPlan::ColumnPhase& phase : plan.phases)
-        most = max_of(most, plan.terms(r, phase));
-    return most <= kPartialSum;
+    return plan.keep && phases == step && (step == 1 || step == 2 || step == kMostStep) &&
+           plan.target.stride[3] == 1 && params.activation == Activation::kNone;
   }
 
   // The rows of a group at positions [h0, h1).
@@ -110,12 +114,17 @@ struct Direct {
       const int64_t count = min_of(plan.piece, plan.positions - j0);
       const RowPacker<S, T> packer(plan, s.ranges, j0);
       if (plan.keep) in_phase(Phase::kPack, [&] { pack_image(n, group, h0, h1, packer, s); });
-      for (int64_t row = 0; row < plan.rows; ++row) {
+      for (int64_t row = 0, some; row < plan.rows; row += some) {
+        some = in_place && row + kPlanes <= plan.rows ? kPlanes : 1;
         bool done = false;
         if (in_place)
-          in_phase(Phase::kProduct,
-                   [&] { done = !sum_block_in_place(n, group, row, h0, h1, j0, count, s); });
-        if (!done) sum_block(n, group, row, h0, h1, j0, count, packer, s);
+          in_phase(Phase::kProduct, [&] {
+            done = !(some == 1 ? sum_block_in_place<1>(n, group, row, h0, h1, j0, count, s)
+                               : sum_block_in_place<kPlanes>(n, group, row, h0, h1, j0, count, s));
+          });
+        if (!done)
+          for (int64_t i = 0; i < some; ++i)
+            sum_block(n, group, row + i, h0, h1, j0, count, packer, s);
       }
     }
   }
@@ -135,12 +144,14 @@ struct Direct {
       }
   }
 
-  // Whether a sum became NaN.
+  // Of channels [row, row + Planes). Whether a sum became NaN.
+  template <int Planes>
   bool sum_block_in_place(int64_t n, int64_t group, int64_t row, int64_t h0, int64_t h1, int64_t j0,
                           int64_t count, const Scratch& s) const {
     const int64_t step_h = plan.h.target_step, step = plan.w.target_step;
     const int64_t first = j0 * step, size = min_of(count * step, plan.w.target_size - first);
-    const T bias = bias_of(group * plan.rows + row);
+    T bias[Planes];
+    for (int i = 0; i < Planes; ++i) bias[i] = bias_of(group * plan.rows + row + i);
     bool broken = false;
     for (int64_t r = 0; r < plan.h_phases(); ++r) {
       const int64_t t = h0 * step_h + r;
@@ -152,10 +163,12 @@ struct Direct {
           pitch,
           static_cast<S*>(plan.target.data) + plan.target.at(n, group * plan.rows + row, t, first),
           step_h * plan.target.stride[2],
-          size};
-      broken |= step == 1   ? sum_rows_in_place<1>(of_phase, equal, bias)
-                : step == 2 ? sum_rows_in_place<2>(of_phase, equal, bias)
-                            : sum_rows_in_place<kMostStep>(of_phase, equal, bias);
+          plan.target.stride[1],
+          size,
+          bias};
+      broken |= step == 1   ? sum_rows_in_place<1, Planes>(of_phase, equal)
+                : step == 2 ? sum_rows_in_place<2, Planes>(of_phase, equal)
+                            : sum_rows_in_place<kMostStep, Planes>(of_phase, equal);
     }
     return broken;
   }
@@ -197,8 +210,8 @@ struct Direct {
             const RowPlan::ColumnPhase& phase = plan.phases[i];
             const T* weight = weights_of(group, row) + plan.first_term(at.r, phase) +
                               (c * plan.h_taps(at.r) + (&tap - at.begin())) * phase.taps;
-            sum_rows(Terms<T>{weight, plan.starts.data() + phase.first_tap, phase.taps}, s.packed,
-                     count, s.sums + i * sum_pitch(), true, broken);
+            sum_rows(Terms<T>{weight, plan.starts.data() + phase.first_tap, phase.taps, 0},
+                     s.packed, count, s.sums + i * sum_pitch(), true, broken);
           }
         });
       }
@@ -264,7 +277,7 @@ void direct(Op op, const Params& params, int threads) {
   Direct<S> kernel{op, params, plan, nullptr};
   kernel.weights = static_cast<typename Direct<S>::T*>(
       call_scratch(kernel.weight_elements() * sizeof(typename Direct<S>::T)));
-  kernel.pack_weights();
+  kernel.pack_weights(threads);
   // A task is some rows of all planes of a group: enough to read packed rows again, not so many
   // that threads go without.
   const int64_t planes = params.problem.batch * plan.groups, all = plan.h_positions();

@@ -68,7 +68,9 @@ bool choose_piece(RowPlan& plan, int64_t rows, int lanes) {
   const int64_t each = std::max<int64_t>(1, rows * static_cast<int64_t>(plan.copies.size()));
   plan.piece =
       std::min(plan.positions, std::min(kMostPiece, std::max(kLeastPiece, kPacked / each)));
-  plan.pitch = ceil_div(plan.piece, lanes) * lanes + most_shift;
+  // Copies begin at whole vectors, so that only taps that are shifted read across cache lines.
+  const int64_t vectors = ceil_div(plan.piece, lanes) + ceil_div(most_shift, lanes);
+  plan.pitch = vectors * lanes;
   plan.starts.clear();
   for (const RowPlan::ColumnTap& tap : plan.taps)
     plan.starts.push_back(tap.copy * plan.pitch + tap.shift);
@@ -115,12 +117,16 @@ ImagePlan plan_image(Op op, const Params& params, int lanes) {
   const bool any = !plan.h.taps.empty();
   plan.first_offset = any ? ends.first->offset : 0;
   const int64_t span = any ? ends.second->offset - plan.first_offset + 1 : 0;
-  // At least as many rows as the first of them reads, or most would be packed again.
-  plan.rows_at_once =
-      std::max(ceil_div(kTargetRows, plan.h.target_step), ceil_div(span, plan.h.source_step));
-  plan.rows_at_once = std::max<int64_t>(1, std::min(plan.rows_at_once, plan.h_positions()));
+  // At least as many rows as the first of them reads, or most would be packed again. Apart from
+  // that, fewer rows are better than pieces of rows.
+  const int64_t least = std::max<int64_t>(2, ceil_div(span, plan.h.source_step));
+  const int64_t row = plan.channels * static_cast<int64_t>(plan.copies.size()) *
+                      std::min(plan.positions, kMostPiece);
+  plan.rows_at_once = std::max<int64_t>(
+      1, std::min(std::max(ceil_div(kTargetRows, plan.h.target_step), least), plan.h_positions()));
   for (;; plan.rows_at_once = ceil_div(plan.rows_at_once, 2)) {
     plan.image_rows = (plan.rows_at_once - 1) * plan.h.source_step + span;
+    if (plan.rows_at_once > least && plan.image_rows * row > kPacked) continue;
     plan.keep = choose_piece(plan, plan.channels * plan.image_rows, lanes);
     if (plan.keep || plan.rows_at_once == 1) break;
   }
