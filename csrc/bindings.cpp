@@ -199,5 +199,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
   m.def("set_cpu_isa", &deconv::cpu::set_isa, "name"_a);
   m.def("idle_output_bytes", &deconv::cpu::idle_output_bytes);
   m.def("empty_output_pool", &deconv::cpu::empty_output_pool);
+  m.def("streamed_from", &deconv::cpu::streamed_from);
+  m.def("set_streamed_from", &deconv::cpu::set_streamed_from, "bytes"_a);
   m.def("compiled", &compiled);
 }

@@ -187,6 +187,17 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def stream_results() -> Iterator[None]:
+    """Write results of any size past the caches, as large ones are."""
+    before = C.streamed_from()
+    C.set_streamed_from(0)
+    try:
+        yield
+    finally:
+        C.set_streamed_from(before)
+
+
+@contextmanager
 def use_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)

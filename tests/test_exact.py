@@ -22,6 +22,7 @@ from support import (
     implementations,
     run,
     run_if_accepted,
+    stream_results,
     use_isa,
 )
 
@@ -64,6 +65,16 @@ def test_exact_by_default(op: str, dtype: torch.dtype) -> None:
         mixed = [cast(operands, dtype, layout) for layout in (x, w, dy)]
         t = mixed[0]._replace(w=mixed[1].w, dy=mixed[2].dy)
         assert_equal(run(op, case, t), results[op].to(dtype), (case, x, w, dy))
+
+
+@implementations("forward", "grad_input")
+@each_dtype(torch.float64, torch.float32, torch.float16, torch.bfloat16)
+def test_exact_past_the_caches(op: str, algo: str, isa: str, dtype: torch.dtype) -> None:
+    with use_isa(isa), stream_results():
+        for case in (*EDGE, *WIDE):
+            got = run_if_accepted(op, case, arranged(case, dtype, "contiguous"), algo)
+            if got is not None:
+                assert_equal(got, exact(case, False)[1][op].to(dtype), case)
 
 
 WIDE = [

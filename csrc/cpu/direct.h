@@ -14,6 +14,7 @@
 #include "activate.h"
 #include "direct_row.h"
 #include "interleave.h"
+#include "output_pool.h"
 #include "pack_row.h"
 #include "profile.h"
 #include "scratch.h"
@@ -35,6 +36,8 @@ struct Direct {
   int64_t row_elements = plan.row_elements();
   int64_t pitch = plan.h.source_step * row_elements;  // from one position along h to the next
   bool in_place = writes_in_place();
+  bool streams = outgrows_caches(p.batch * plan.groups * plan.rows * plan.h.target_size *
+                                 plan.w.target_size * static_cast<int64_t>(sizeof(S)));
 
   // What a task works with.
   struct Scratch {
@@ -127,6 +130,7 @@ struct Direct {
             sum_block(n, group, row + i, h0, h1, j0, count, packer, s);
       }
     }
+    if (streams) end_streams();
   }
 
   void pack_image(int64_t n, int64_t group, int64_t h0, int64_t h1, const RowPacker<S, T>& packer,
@@ -165,7 +169,8 @@ struct Direct {
           step_h * plan.target.stride[2],
           plan.target.stride[1],
           size,
-          bias};
+          bias,
+          streams};
       broken |= step == 1   ? sum_rows_in_place<1, Planes>(of_phase, equal)
                 : step == 2 ? sum_rows_in_place<2, Planes>(of_phase, equal)
                             : sum_rows_in_place<kMostStep, Planes>(of_phase, equal);
@@ -262,7 +267,8 @@ struct Direct {
     }
     S* target = static_cast<S*>(plan.target.data) + plan.target.at(n, row, t, 0);
     if (plan.target.stride[3] == 1)
-      return interleave(target, j0 * plan.w.target_step, plan.w.target_step, plan.w.target_size,
+      return interleave(TargetRow<S>{target, plan.w.target_size, j0 * plan.w.target_step,
+                                     plan.w.target_step, streams},
                         s.rows, all, 0, count, bias);
     for (int64_t r = 0; r < all; ++r)
       for (int64_t j = 0; j < count && (j0 + j) * plan.w.target_step + r < plan.w.target_size; ++j)

@@ -93,6 +93,7 @@ struct EqualRows {
   int64_t to_pitch, plane_pitch;
   int64_t size;   // elements of a row
   const T* bias;  // [planes]
+  bool streams;   // past the caches
 };
 
 // Vectors of sums that hide the latency of a multiply-add, and how many more fit the registers.
@@ -108,6 +109,9 @@ DECONV_PHASE bool sum_rows_in_place(const Terms<T>* phases, const EqualRows<S, T
   S* to = rows.to;
   T bias[Planes];  // where no store can change it
   for (int p = 0; p < Planes; ++p) bias[p] = rows.bias[p];
+  // Lines of several planes in turns would be written in parts.
+  const bool streams =
+      Planes == 1 && rows.streams && streamable<T>(to) && streamable<T>(to + rows.to_pitch);
   int64_t i;
   const auto sum_some = [&](auto vectors, const auto& store) DECONV_INLINED {
     constexpr int kVectors = decltype(vectors)::value;
@@ -128,8 +132,10 @@ DECONV_PHASE bool sum_rows_in_place(const Terms<T>* phases, const EqualRows<S, T
     });
     i += kVectors * kN;
   };
-  const auto whole = [&](int plane, int64_t at, Vector<T> v)
-                         DECONV_INLINED { store_as(to + plane * rows.plane_pitch + at, v); };
+  const auto whole = [&](int plane, int64_t at, Vector<T> v) DECONV_INLINED {
+    S* here = to + plane * rows.plane_pitch + at;
+    streams ? stream_as(here, v) : store_as(here, v);
+  };
   // Planes that share loads are worth the registers of a phase; the phases before it wait in
   // memory.
   constexpr int kMost = Planes == 1 ? kSumVectors / Step

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "gather_planning.h"
+#include "output_pool.h"
 
 namespace deconv {
 namespace cpu {
@@ -324,6 +325,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.target_in_turns = layout.in_turns && !plan.batch_innermost;
   plan.target_in_place = writes_in_place(plan);
   plan.pixels_stay = pixels_stay(plan, element_bytes);
+  plan.streams = outgrows_caches(plan.batch * plan.groups * plan.rows * plan.h.target *
+                                 plan.w.target * plan.stored_bytes);
   return plan;
 }
 

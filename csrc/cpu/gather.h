@@ -111,6 +111,7 @@ struct GatherPlan {
   // Tiles of pixels that have all taps (and targets) are read from the source where they are, and
   // written to the target by the product itself. Phases of a row of the target may take turns then.
   bool source_in_place, target_in_place, target_in_turns;
+  bool streams;                         // rows of the target are written past the caches
   int tile;                             // index of the register tile
   int64_t pixel_width, row_width;       // tile size in pixels and in rows
   int64_t tiles;                        // tiles of pixels, of all images

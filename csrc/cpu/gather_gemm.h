@@ -339,6 +339,7 @@ struct GatherGemm {
         store.finish(group, chunk, tiles, stored, stored_count, sums, bias, class_bias);
       });
     }
+    if (plan.streams) end_streams();
   }
 };
 

@@ -160,7 +160,7 @@ struct GatherStore {
       for (int64_t row = 0; row < rows; ++row) {
         const T* from = sums + plan.sum_at(row, run->at);
         interleave_full<1>(target + plan.target.at(run->n, row, run->jh, run->jw), &from, 0, count,
-                           bias[row]);
+                           bias[row], plan.streams);
       }
     }
   }
@@ -234,9 +234,9 @@ struct GatherStore {
               const int64_t th =
                   run->jh * plan.h.target_step + plan.h.classes[class_h].first_phase + rh;
               if (th < 0 || th >= plan.h.target) continue;
-              interleave(target + plan.target.at(run->n, row, th, 0),
-                         run->jw * step + first_phase + p0, step, plan.w.target, from, width,
-                         run->at, run->count, bias[row]);
+              interleave(TargetRow<S>{target + plan.target.at(run->n, row, th, 0), plan.w.target,
+                                      run->jw * step + first_phase + p0, step, plan.streams},
+                         from, width, run->at, run->count, bias[row]);
             }
           }
   }

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -18,9 +19,15 @@ constexpr std::size_t kHugePage = 2 * kMiB;
 // Sizes are rounded up to this, so that nearly equal results can follow each other.
 constexpr std::size_t kGrain = kMiB / 4;
 
-std::size_t most_idle_bytes() {
-  const char* text = std::getenv("DECONV_EXT_POOL_MB");
-  return (text && *text ? std::strtoull(text, nullptr, 10) : 256) * kMiB;
+std::size_t bytes_from(const char* variable, std::size_t default_mib) {
+  const char* text = std::getenv(variable);
+  return (text && *text ? std::strtoull(text, nullptr, 10) : default_mib) * kMiB;
+}
+
+std::atomic<std::int64_t>& least_streamed() {
+  static std::atomic<std::int64_t> bytes(
+      static_cast<std::int64_t>(bytes_from("DECONV_EXT_STREAM_MB", 16)));
+  return bytes;
 }
 
 OutputBlock* allocate(std::size_t capacity) {
@@ -87,7 +94,7 @@ class Pool {
   std::mutex mutex_;
   std::vector<OutputBlock*> idle_;  // the longest unused first
   std::size_t bytes_ = 0;           // of idle_
-  const std::size_t most_ = most_idle_bytes();
+  const std::size_t most_ = bytes_from("DECONV_EXT_POOL_MB", 256);
 };
 
 // Never destroyed: results may live longer than any static object. A child process must not inherit
@@ -103,6 +110,12 @@ Pool& pool() {
 }
 
 }  // namespace
+
+bool outgrows_caches(std::int64_t bytes) { return bytes >= least_streamed(); }
+
+std::int64_t streamed_from() { return least_streamed(); }
+
+void set_streamed_from(std::int64_t bytes) { least_streamed() = bytes; }
 
 OutputBlock* acquire_output(std::size_t bytes) {
   const std::size_t capacity = (bytes + kGrain - 1) / kGrain * kGrain;

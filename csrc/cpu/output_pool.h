@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace deconv {
 namespace cpu {
@@ -17,6 +18,13 @@ struct OutputBlock {
   void* data;  // aligned to 4096 bytes at least
   std::size_t capacity;
 };
+
+// Whether a result is so large that it will not be found in a cache again: what writes whole lines,
+// one after another, then writes them past the caches, for they need not be read before.
+// From `DECONV_EXT_STREAM_MB` MiB on, default 16.
+bool outgrows_caches(std::int64_t bytes);
+std::int64_t streamed_from();  // bytes
+void set_streamed_from(std::int64_t bytes);
 
 // Throws std::bad_alloc. Both may be called from any thread.
 OutputBlock* acquire_output(std::size_t bytes);

@@ -179,6 +179,38 @@ inline void store_as(S* p, V v) {
   }
 }
 
+// The same, past the caches (output_pool.h says when); p has to be `streamable`. Lines are
+// collected until they are full, so those of one place should be written one after another.
+template <class S, class V>
+inline void stream_as(S* p, V v) {
+#if DECONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(v, S{})));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+  }
+#elif DECONV_VECTOR_BYTES == 32
+  if constexpr (sizeof(S) == 2) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v, S{})));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+  }
+#else
+  store_as(p, v);
+#endif
+}
+// Whether a vector from p on, rounded to the storage type, is aligned.
+template <class T, class S>
+inline bool streamable(const S* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes<T> * sizeof(S)) == 0;
+}
+// Before other threads read what was streamed.
+inline void end_streams() {
+#if DECONV_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 // Integer lanes of the same width: the type of a shuffle's mask.
 template <int Bytes>
 struct IntegerOf;
