@@ -103,6 +103,20 @@ bool has_many_phases(Op op, const Problem& p) {
   return op == Op::kForward && (h > kMostPhases || w > kMostPhases || h * w > kMostPhases);
 }
 
+// With a kernel of one element and nothing but it, pixels have no neighbours: rows that follow each
+// other without a gap are one long row, which no tile ends at.
+Params join_rows(Params params) {
+  Axis &h = params.problem.h, &w = params.problem.w;
+  const auto plain = [](const Axis& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.pad == 0 && axis.in == axis.out;
+  };
+  const auto dense = [&](const TensorRef& t) { return t.stride[2] == w.in * t.stride[3]; };
+  if (!plain(h) || !plain(w) || !dense(params.x) || !dense(params.y)) return params;
+  w.in = w.out = h.in * w.in;
+  h.in = h.out = 1;
+  return params;
+}
+
 struct Algorithm {
   const char* name;
   const char* (*declines)(Op, const Params&);  // the condition that fails, or null
@@ -187,8 +201,9 @@ int useful_threads(const Problem& p, int threads) {
 
 }  // namespace
 
-void run(Op op, const Params& params, const std::string& name, int threads) {
+void run(Op op, const Params& given, const std::string& name, int threads) {
   std::string names = "auto";
+  const Params params = join_rows(given);
   threads = useful_threads(params.problem, threads);
   for (const Algorithm& algorithm : kAlgorithms) {
     if (name == "auto" ? algorithm.preferred(op, params) : name == algorithm.name) {

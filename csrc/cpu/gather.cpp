@@ -291,6 +291,22 @@ bool pixels_stay(const GatherPlan& plan, int64_t element_bytes) {
              : plan.flat;
 }
 
+// Small images: whether pixels are numbered position by position, so that taps that read padding
+// are skipped. Where rows are lanes, if more than a seventh of the taps do (a fifth, where
+// neighbouring elements are not channels, which a tile needs anyway). Where pixels are, each
+// element comes from another image, which has to be worth the multiply-adds.
+bool skips_padding(const GatherPlan& plan, int lanes) {
+  if (plan.valid_fraction >= (plan.source.stride[1] == 1 ? 0.85 : kFewPadding)) return false;
+  if (plan.rows_across) return true;
+  double products = 0;  // of an element that is packed
+  for (const PhaseClass& h : plan.h.classes)
+    for (const PhaseClass& w : plan.w.classes)
+      products += static_cast<double>(h.offsets.size() * w.offsets.size()) *
+                  static_cast<double>(h.phases * w.phases * plan.rows);
+  products /= static_cast<double>(std::max<int64_t>(1, plan.offsets()));
+  return (1 - plan.valid_fraction) * products / (2 * lanes) > kFarElement;
+}
+
 }  // namespace
 
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
@@ -308,12 +324,8 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.tile = layout.tile;
   plan.pixel_width = layout.rows_across ? tiles[layout.tile].rows : tiles[layout.tile].lanes;
   plan.row_width = layout.rows_across ? tiles[layout.tile].lanes : tiles[layout.tile].rows;
-  // Small images: more than a seventh of the taps read padding. Whole vectors of images pay for the
-  // strided access; where neighbouring elements are not channels, which a tile needs anyway, if
-  // more than a fifth do.
   plan.valid_fraction = valid_fraction(plan.h) * valid_fraction(plan.w);
-  plan.batch_innermost = plan.batch >= lanes &&
-                         plan.valid_fraction < (plan.source.stride[1] == 1 ? 0.85 : kFewPadding);
+  plan.batch_innermost = plan.batch >= lanes && skips_padding(plan, lanes);
   // It decides the order of summation, so it must not depend on the batch.
   plan.by_channel = choice.layout.by_channel;
   if (choice.layout.flat)
