@@ -200,16 +200,21 @@ struct SumLines {
 template <Activation kActivation, class T>
 DECONV_PHASE void activate_each(SumLines<T> s, T slope) {
   T* values = s.values;
-  for (int64_t line = 0; line < s.lines; ++line, values += s.pitch)
-    for (int64_t i = 0; i < s.count; i += kLanes<T>) {
-      Vector<T> v = load_vector(values + i);
+  for (int64_t line = 0; line < s.lines; ++line, values += s.pitch) {
+    const auto activated = [&](int64_t i, Vector<T> v) DECONV_INLINED {
       if (s.bias) v += s.bias_of_line ? broadcast(s.bias[line]) : load_vector(s.bias + i);
-      store_vector(values + i, vector_activate<kActivation, T>(v, slope));
-    }
+      return vector_activate<kActivation, T>(v, slope);
+    };
+    int64_t i = 0;
+    for (; i + kLanes<T> <= s.count; i += kLanes<T>)
+      store_vector(values + i, activated(i, load_vector(values + i)));
+    if (const int64_t left = s.count - i; left > 0)
+      store_first(values + i, activated(i, load_first<T>(values + i, left)), left);
+  }
 }
 
-// values[line * pitch + i] = activation(the same + bias[line or i]), i < count, in whole vectors:
-// values, and a bias for each place of a line, have room for them.
+// values[line * pitch + i] = activation(the same + bias[line or i]), i < count. A bias for each
+// place of a line has room for whole vectors.
 template <class T>
 inline void activate_lines(const Params& params, SumLines<T> s) {
   const T slope = static_cast<T>(params.negative_slope);

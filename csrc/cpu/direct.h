@@ -100,14 +100,15 @@ struct Direct {
             plan.all_terms()};
   }
 
-  // Whether sums go from registers to the target: all phases have taps, and nothing but a bias is
-  // added.
+  // Whether sums go from registers to the target: all phases have taps, and an activation finds
+  // there what has not been rounded.
   static constexpr int64_t kMostStep = 4;
   static constexpr int kPlanes = 4;  // that are summed together
   bool writes_in_place() const {
     const int64_t step = plan.w.target_step;
     return plan.keep && phases == step && (step == 1 || step == 2 || step == kMostStep) &&
-           plan.target.stride[3] == 1 && params.activation == Activation::kNone;
+           plan.target.stride[3] == 1 &&
+           (params.activation == Activation::kNone || std::is_same<S, T>::value);
   }
 
   // The rows of a group at positions [h0, h1).
@@ -170,10 +171,14 @@ struct Direct {
           plan.target.stride[1],
           size,
           bias,
-          streams};
+          streams && params.activation == Activation::kNone};
       broken |= step == 1   ? sum_rows_in_place<1, Planes>(of_phase, equal)
                 : step == 2 ? sum_rows_in_place<2, Planes>(of_phase, equal)
                             : sum_rows_in_place<kMostStep, Planes>(of_phase, equal);
+      if constexpr (std::is_same<S, T>::value)
+        for (int i = 0; i < Planes; ++i)
+          activate_lines<T>(params, {equal.to + i * equal.plane_pitch, equal.count, equal.to_pitch,
+                                     size, nullptr, false});
     }
     return broken;
   }
