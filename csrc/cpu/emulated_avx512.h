@@ -84,6 +84,14 @@ inline void masked_store(void* p, uint64_t mask, V v) {
                   sizeof(T));
 }
 
+inline void stream_si512(void* p, __m512i v) {
+  if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();  // as the processor does
+  __m256i halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  _mm256_stream_si256(static_cast<__m256i*>(p), halves[0]);
+  _mm256_stream_si256(static_cast<__m256i*>(p) + 1, halves[1]);
+}
+
 // Tile registers, all of 16 rows of 16 pairs or floats. Empty, as NaN, where a thread has not
 // shaped them.
 struct Tiles {
@@ -149,6 +157,7 @@ inline void multiply_tiles(int c, int a, int b) {
 #define _mm512_cvtps_ph deconv::cpu::emulated::cvtps_ph
 #define _mm512_slli_epi32 deconv::cpu::emulated::slli_epi32
 #define _mm512_or_si512 deconv::cpu::emulated::or_si512
+#define _mm512_stream_si512 deconv::cpu::emulated::stream_si512
 #define _mm512_maskz_loadu_epi32 (deconv::cpu::emulated::masked_load<uint32_t, __m512i>)
 #define _mm512_maskz_loadu_epi64 (deconv::cpu::emulated::masked_load<uint64_t, __m512i>)
 #define _mm256_maskz_loadu_epi16 (deconv::cpu::emulated::masked_load<uint16_t, __m256i>)
