@@ -200,17 +200,17 @@ struct SumLines {
 template <Activation kActivation, class T>
 DECONV_PHASE void activate_each(SumLines<T> s, T slope) {
   T* values = s.values;
-  for (int64_t line = 0; line < s.lines; ++line, values += s.pitch) {
-    const auto activated = [&](int64_t i, Vector<T> v) DECONV_INLINED {
+  for (int64_t line = 0; line < s.lines; ++line, values += s.pitch)
+    for (int64_t i = 0; i < s.count; i += kLanes<T>) {
+      const int64_t count = min_of<int64_t>(kLanes<T>, s.count - i);
+      const bool whole = count == kLanes<T>;
+      Vector<T> v = whole ? load_vector(values + i) : load_first<T>(values + i, count);
       if (s.bias) v += s.bias_of_line ? broadcast(s.bias[line]) : load_vector(s.bias + i);
-      return vector_activate<kActivation, T>(v, slope);
-    };
-    int64_t i = 0;
-    for (; i + kLanes<T> <= s.count; i += kLanes<T>)
-      store_vector(values + i, activated(i, load_vector(values + i)));
-    if (const int64_t left = s.count - i; left > 0)
-      store_first(values + i, activated(i, load_first<T>(values + i, left)), left);
-  }
+      v = vector_activate<kActivation, T>(v, slope);
+      // As from a store that adds a bias of zero to it. (An addition here would be contracted.)
+      v = v == 0 ? Vector<T>{} : v;
+      whole ? store_vector(values + i, v) : store_first(values + i, v, count);
+    }
 }
 
 // values[line * pitch + i] = activation(the same + bias[line or i]), i < count. A bias for each

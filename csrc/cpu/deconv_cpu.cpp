@@ -73,7 +73,7 @@ bool has_few_channels(const Problem& p) {
 // more on packing pixels and on putting phases side by side than on multiplying. With step one in
 // the source each packed pixel serves several neighbouring taps, and more channels are few.
 constexpr int64_t kFewChannels = 8, kFewSharedChannels = 16;
-constexpr int64_t kLeastPlanes = 3, kLeastRow = 8;
+constexpr int64_t kLeastPlanes = 3;
 // Rows that are read with a step above two are split element by element, which has to be worth it:
 // so many multiply-adds for each element.
 constexpr int64_t kSplitUses = 256;
@@ -90,7 +90,7 @@ bool sums_few_channels(Op op, const Params& params) {
               : step > 2 && planes * p.h.kernel * p.w.kernel < kSplitUses * p.h.stride * step)
     return false;
   const bool shared = (forward || step == 1) && p.w.kernel > step;
-  return planes >= kLeastPlanes && p.w.in >= kLeastRow &&
+  return planes >= kLeastPlanes && p.w.in >= kernels().lanes &&
          channels <= (shared ? kFewSharedChannels : kFewChannels);
 }
 

@@ -142,12 +142,14 @@ DECONV_PHASE bool sum_rows_in_place(const Terms<T>* phases, const EqualRows<S, T
                         : Step == 1 ? kMostSumVectors / Planes
                                     : kSumVectors / Planes;
   constexpr int kSome = (kMost + 1) / 2;
+  constexpr int kFew = Planes > 1 && kSome > 2 ? 2 : 1;
   const int64_t size = rows.size, all = size / (Step * kN);
   for (int64_t row = 0; row < rows.count; ++row) {
     i = 0;
     int64_t left = all;
     for (; left >= kMost && left != kMost + 1; left -= kMost) sum_some(Number<kMost>{}, whole);
     for (; left >= kSome; left -= kSome) sum_some(Number<kSome>{}, whole);
+    for (; left >= kFew; left -= kFew) sum_some(Number<kFew>{}, whole);
     for (; left > 0; --left) sum_some(Number<1>{}, whole);
     if (i * Step < size)
       sum_some(Number<1>{}, [&](int plane, int64_t at, Vector<T> v) DECONV_INLINED {

@@ -9,6 +9,7 @@ namespace cpu {
 struct Kernels {
   const char* isa;
   bool (*supported)();  // by this machine
+  int lanes;            // float32 elements of a vector
   void (*gather_gemm)(Op, const Params&, int threads);
   void (*winograd)(Op, const Params&, int threads);
   bool (*prefers_winograd)(Op, const Params&);  // to gather_gemm
