@@ -27,6 +27,10 @@ class BorrowedEnvironment {
   std::fenv_t own_;
 };
 
+// Fewer elements than this are not worth waking a thread, if all that is done is to copy or add
+// them.
+constexpr int64_t kElementsForThreads = 4096;
+
 // Calls task(i) for i in [0, tasks); dynamic, since tasks differ in cost and cores in speed. The
 // first exception is rethrown.
 template <class Task>

@@ -76,8 +76,8 @@ struct Direct {
       const int64_t kh = plan.h.taps[th].k, kw = plan.taps[tw].k;
       from.push_back(forward ? params.w.at(c, 0, kh, kw) : params.w.at(0, c, kh, kw));
     });
-    const int64_t few = 4096;  // are not worth waking a thread
-    parallel_for(plan.groups * plan.rows, weight_elements() < few ? 1 : threads, [&](int64_t i) {
+    const int most = weight_elements() < kElementsForThreads ? 1 : threads;
+    parallel_for(plan.groups * plan.rows, most, [&](int64_t i) {
       in_phase(Phase::kWeights, [&] {
         const int64_t group = i / plan.rows, row = i % plan.rows;
         const S* plane = static_cast<const S*>(params.w.data) +

@@ -68,7 +68,7 @@ template <class S, class T>
 void finish_weights(const Params& params, const WeightTasks& tasks, const T* partial, int threads) {
   const Problem& p = params.problem;
   const int64_t outputs = p.c_out / p.groups, of_channel = tasks.elements / p.c_in;
-  parallel_for(p.c_in, tasks.elements < 4096 ? 1 : threads, [&](int64_t ci) {
+  parallel_for(p.c_in, tasks.elements < kElementsForThreads ? 1 : threads, [&](int64_t ci) {
     in_phase(Phase::kStore, [&] {
       const T* from = partial + ci * of_channel;
       for (int64_t co = 0; co < outputs; ++co)

@@ -53,7 +53,7 @@ inline I min_of(I a, I b) {
   return a < b ? a : b;
 }
 template <class I>
-constexpr I max_of(I a, I b) {
+inline I max_of(I a, I b) {
   return a > b ? a : b;
 }
 template <class I>
