@@ -31,6 +31,12 @@ class BorrowedEnvironment {
 // them.
 constexpr int64_t kElementsForThreads = 4096;
 
+// Neighbouring rows of a plane that a task computes: four tasks a thread, if there are rows enough.
+inline int64_t rows_of_a_task(int64_t rows, int64_t planes, int threads) {
+  const int64_t tasks = 4 * threads;
+  return std::max<int64_t>(1, std::min(rows, (rows * planes + tasks - 1) / tasks));
+}
+
 // Calls task(i) for i in [0, tasks); dynamic, since tasks differ in cost and cores in speed. The
 // first exception is rethrown.
 template <class Task>

@@ -13,6 +13,7 @@
 
 #include "activate.h"
 #include "direct_weight.h"
+#include "output_pool.h"
 #include "row_plan.h"
 #include "shuffle.h"
 
@@ -28,7 +29,8 @@ struct Depthwise {
 
   const Params& params;
   const AxisPlan &axis_h, &axis_w;
-  T* weights;  // [kernel_h][kernel_w][channels]
+  T* weights;    // [kernel_h][kernel_w][channels]
+  bool streams;  // results are written past the caches
   const Problem& p = params.problem;
 
   void pack_weights() const {
@@ -90,10 +92,13 @@ struct Depthwise {
       }
     activate(sums);
     for (int v = 0; v < Vectors; ++v) {
-      if (Vectors > 1 || channels == kN) {
-        store_as(to + c + v * kN, sums[v]);
+      S* here = to + c + v * kN;
+      if (Vectors == 1 && channels < kN) {
+        store_first_as(here, sums[v], channels);
+      } else if (streams && streamable<T>(here)) {
+        stream_as(here, sums[v]);
       } else {
-        store_first_as(to + c, sums[v], channels);
+        store_as(here, sums[v]);
       }
     }
   }
@@ -277,11 +282,21 @@ void depthwise(Op op, const Params& params, int threads) {
                    ? convert<T>(static_cast<const S*>(params.bias)[c * params.bias_stride])
                    : T(0);
   const AxisPlan axis_h = plan_axis(op, p.h), axis_w = plan_axis(op, p.w);
-  const Depthwise<S> kernel{params, axis_h, axis_w, packed};
+  const bool streams = p.c_in % kLanes<T> == 0 &&
+                       outgrows_caches(p.batch * p.c_in * axis_h.target_size * axis_w.target_size *
+                                       static_cast<int64_t>(sizeof(S)));
+  const Depthwise<S> kernel{params, axis_h, axis_w, packed, streams};
   kernel.pack_weights();
-  const int64_t rows = axis_h.target_size;
-  parallel_for(p.batch * rows, threads, [&](int64_t task) {
-    in_phase(Phase::kProduct, [&] { kernel.row(op, task / rows, task % rows, start); });
+  // Neighbouring rows read much of the same.
+  const int64_t rows = axis_h.target_size, each = rows_of_a_task(rows, p.batch, threads),
+                parts = ceil_div(rows, each);
+  parallel_for(p.batch * parts, threads, [&](int64_t task) {
+    in_phase(Phase::kProduct, [&] {
+      const int64_t first = task % parts * each;
+      for (int64_t row = first; row < min_of(first + each, rows); ++row)
+        kernel.row(op, task / parts, row, start);
+      if (streams) end_streams();
+    });
   });
 }
 

@@ -292,9 +292,8 @@ void direct(Op op, const Params& params, int threads) {
   // A task is some rows of all planes of a group: enough to read packed rows again, not so many
   // that threads go without.
   const int64_t planes = params.problem.batch * plan.groups, all = plan.h_positions();
-  const int64_t most = (all * planes + 4 * threads - 1) / (4 * threads);
-  const int64_t each = max_of<int64_t>(1, min_of(plan.rows_at_once, most));
-  const int64_t parts = (all + each - 1) / each;
+  const int64_t each = min_of(plan.rows_at_once, rows_of_a_task(all, planes, threads));
+  const int64_t parts = ceil_div(all, each);
   parallel_for(planes * parts, threads, [&](int64_t task) {
     const int64_t plane = task / parts, first = task % parts * each;
     kernel.rows(plane / plan.groups, plane % plan.groups, first, min_of(first + each, all));

@@ -18,14 +18,6 @@ struct Terms {
   int64_t weight_pitch;  // from the weights of a plane of the target to those of the next
 };
 
-template <class T>
-inline bool any_lane(const Bits<T>& lanes) {
-  const Vector<int64_t> words = reinterpret_cast<Vector<int64_t>>(lanes);
-  int64_t any = 0;
-  for (int i = 0; i < kLanes<int64_t>; ++i) any |= words[i];
-  return any != 0;
-}
-
 // sum[p * Vectors + v] = terms [begin, end) of plane p at positions i + v * kLanes ...; `source` is
 // that of position i. Planes share what is loaded.
 template <int Planes, int Vectors, class T>

@@ -84,6 +84,15 @@ inline void masked_store(void* p, uint64_t mask, V v) {
                   sizeof(T));
 }
 
+inline uint8_t test_epi64(__m512i a, __m512i b) {
+  uint64_t words[8];
+  const __m512i both = a & b;
+  std::memcpy(words, &both, sizeof(both));
+  int mask = 0;
+  for (int i = 0; i < 8; ++i) mask |= (words[i] != 0) << i;
+  return static_cast<uint8_t>(mask);
+}
+
 inline void stream_si512(void* p, __m512i v) {
   if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();  // as the processor does
   __m256i halves[2];
@@ -158,6 +167,7 @@ inline void multiply_tiles(int c, int a, int b) {
 #define _mm512_slli_epi32 deconv::cpu::emulated::slli_epi32
 #define _mm512_or_si512 deconv::cpu::emulated::or_si512
 #define _mm512_stream_si512 deconv::cpu::emulated::stream_si512
+#define _mm512_test_epi64_mask (deconv::cpu::emulated::test_epi64)
 #define _mm512_maskz_loadu_epi32 (deconv::cpu::emulated::masked_load<uint32_t, __m512i>)
 #define _mm512_maskz_loadu_epi64 (deconv::cpu::emulated::masked_load<uint64_t, __m512i>)
 #define _mm256_maskz_loadu_epi16 (deconv::cpu::emulated::masked_load<uint16_t, __m256i>)

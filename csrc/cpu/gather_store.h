@@ -32,26 +32,45 @@ struct GatherStore {
   static bool is_suspect(T sum) {
     return Infinite ? sum - sum != 0 : sum != sum;
   }
+  // Whether no sum is suspect, for which all that tiles wrote is read in long lines.
   template <bool Infinite>
-  DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
-                           T* sums) const {
+  bool is_clean(int64_t chunk, const PixelRun* runs, int64_t run_count, const T* sums) const {
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     bool clean = true;
-    for (const GatherClass& g : plan.classes) {
-      const int64_t class_rows = rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases;
-      for (const PixelRun* run = runs; run < runs + run_count; ++run) {
-        const int64_t outer = plan.rows_across ? run->count : class_rows,
-                      inner = plan.rows_across ? class_rows : run->count;
-        for (int64_t i = 0; i < outer; ++i) {
-          const T* line = sums + (plan.rows_across ? plan.sum_at(g.first_row, run->at + i)
-                                                   : plan.sum_at(g.first_row + i, run->at));
-          int broken = 0;
-          for (int64_t j = 0; j < inner; ++j) broken |= is_suspect<Infinite>(line[j]);
-          clean &= broken == 0;
+    const auto look = [&](const T* line, int64_t count) {
+      int broken = 0;
+      for (int64_t i = 0; i < count; ++i) broken |= is_suspect<Infinite>(line[i]);
+      clean &= broken == 0;
+    };
+    for (int64_t i = 0, end; i < run_count; i = end) {
+      end = end_of_neighbours(runs, i, run_count);
+      const int64_t at = runs[i].at, pixels = runs[end - 1].at + runs[end - 1].count - at;
+      for (const GatherClass& g : plan.classes) {
+        const int64_t written = round_up(
+            rows * plan.h.classes[g.h].phases * plan.w.classes[g.w].phases, plan.row_width);
+        const T* first = sums + plan.sum_at(g.first_row, at);
+        if (plan.rows_across && written == plan.sum_pitch()) {
+          look(first, pixels * written);
+        } else {
+          for (int64_t line = 0; line < (plan.rows_across ? pixels : written); ++line)
+            look(first + line * plan.sum_pitch(), plan.rows_across ? written : pixels);
         }
       }
     }
-    if (clean) return;
+    return clean;
+  }
+  // The end of the runs from i on whose pixels follow each other in the block.
+  static int64_t end_of_neighbours(const PixelRun* runs, int64_t i, int64_t run_count) {
+    do {
+      ++i;
+    } while (i < run_count && runs[i].at == runs[i - 1].at + runs[i - 1].count);
+    return i;
+  }
+
+  template <bool Infinite>
+  DECONV_PHASE void repair(int64_t group, int64_t chunk, const PixelRun* runs, int64_t run_count,
+                           T* sums) const {
+    if (is_clean<Infinite>(chunk, runs, run_count, sums)) return;
     Params params = plan.params;
     params.bias = nullptr;
     params.activation = Activation::kNone;
@@ -131,7 +150,8 @@ struct GatherStore {
     const int64_t first = group * plan.rows + chunk * plan.row_chunk,
                   rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
-    if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
+    if (!plan.rows_across && target_is_linear())
+      return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
       return store_interleaved(rows, runs, run_count, sums, bias, target);
     if (plan.rows_across && plan.rows_by_phase && plan.target.stride[3] == 1 &&
@@ -142,21 +162,26 @@ struct GatherStore {
     store_strided(rows, runs, run_count, sums, bias, target);
   }
 
-  // Pixels are lanes, there is one phase and planes of the target are contiguous (grad_input in
-  // NCHW): pixels that follow each other do so in the target, across the ends of its rows.
+  // There is one phase, and planes of the target are contiguous (grad_input in NCHW): pixels that
+  // follow each other do so in the target, across the ends of its rows.
   bool target_is_linear() const {
-    return !plan.rows_across && !plan.batch_innermost && plan.h.target_step == 1 &&
-           plan.w.target_step == 1 && plan.target.stride[3] == 1 &&
-           plan.target.stride[2] == plan.w.target && !plan.flat;
+    return !plan.batch_innermost && plan.h.target_step == 1 && plan.w.target_step == 1 &&
+           plan.target.stride[3] == 1 && plan.target.stride[2] == plan.w.target && !plan.flat;
+  }
+  // The pixels of the runs from `run` on that do so; `next` is the first run that does not.
+  int64_t join_targets(const PixelRun* run, const PixelRun* last, const PixelRun*& next) const {
+    int64_t count = run->count;
+    for (next = run + 1;
+         target_is_linear() && next < last && next->n == run->n && next->at == run->at + count;
+         ++next)
+      count += next->count;
+    return count;
   }
   DECONV_PHASE void store_linear(int64_t rows, const PixelRun* runs, int64_t run_count,
                                  const T* sums, const T* bias, S* target) const {
     const PixelRun* next;
     for (const PixelRun* run = runs; run < runs + run_count; run = next) {
-      int64_t count = run->count;
-      for (next = run + 1;
-           next < runs + run_count && next->n == run->n && next->at == run->at + count; ++next)
-        count += next->count;
+      const int64_t count = join_targets(run, runs + run_count, next);
       for (int64_t row = 0; row < rows; ++row) {
         const T* from = sums + plan.sum_at(row, run->at);
         interleave_full<1>(target + plan.target.at(run->n, row, run->jh, run->jw), &from, 0, count,
@@ -263,13 +288,16 @@ struct GatherStore {
         // Some rows over all pixels: what follows each other in the target does so in time.
         for (int64_t row = 0; row < rows; row += kN) {
           const Vector<T> add = load_first<T>(bias + row, min_of(kN, rows - row));
-          for (const PixelRun* run = runs; run < runs + run_count; ++run) {
+          const PixelRun* next;
+          for (const PixelRun* run = runs; run < runs + run_count; run = next) {
+            const int64_t pixels = join_targets(run, runs + run_count, next);
             const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
             if (th < 0 || th >= plan.h.target) continue;
             const int64_t start = run->jw * step + first_phase;
             // Phases that do not exist lie beyond the target.
             const int64_t begin = max_of<int64_t>(0, -start),
-                          end = min_of(run->count * step, plan.w.target - start);
+                          end = next - run > 1 ? pixels
+                                               : min_of(pixels * step, plan.w.target - start);
             for (int64_t at = begin; at < end; at += kN) {
               const int64_t count = min_of(kN, end - at);
               Vector<T> square[kN];
@@ -297,25 +325,33 @@ struct GatherStore {
   // Rows are lanes and contiguous in the target (channels_last): one run of rows a pixel and phase.
   DECONV_PHASE void store_rows(int64_t rows, const PixelRun* runs, int64_t run_count, const T* sums,
                                const T* bias, S* target) const {
+    constexpr int64_t kN = kLanes<T>;
+    const int64_t rest = rows % kN, whole = rows - rest;
+    const Vector<T> rest_bias = load_first<T>(bias + whole, rest);
+    // From one pixel of a run to the next.
+    const int64_t column_step = plan.batch_innermost ? 0 : plan.w.target_step,
+                  step = plan.batch_innermost ? plan.target.stride[0]
+                                              : plan.w.target_step * plan.target.stride[3];
     for (const GatherClass& g : plan.classes) {
       const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
       for (const PixelRun* run = runs; run < runs + run_count; ++run)
         for (int64_t rh = 0; rh < h.phases; ++rh) {
           const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
           if (th < 0 || th >= plan.h.target) continue;
-          for (int64_t i = 0; i < run->count; ++i)
+          int64_t column = run->jw * plan.w.target_step + w.first_phase,
+                  at = plan.target.at(run->n, 0, th, column);
+          const T* pixel =
+              sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, 0, rh, 0), run->at);
+          for (int64_t i = 0; i < run->count;
+               ++i, column += column_step, at += step, pixel += plan.sum_pitch())
             for (int64_t rw = 0; rw < w.phases; ++rw) {
-              const int64_t tw = (run->jw + (plan.batch_innermost ? 0 : i)) * plan.w.target_step +
-                                 w.first_phase + rw;
-              if (tw < 0 || tw >= plan.w.target) continue;
-              const T* from =
-                  sums + plan.sum_at(g.first_row + plan.row_of(h, w, rows, 0, rh, rw), run->at + i);
-              S* __restrict to =
-                  target + plan.target.at(plan.batch_innermost ? run->n + i : run->n, 0, th, tw);
-              int64_t row = 0;
-              for (; row + kLanes<T> <= rows; row += kLanes<T>)
+              if (column + rw < 0 || column + rw >= plan.w.target) continue;
+              const T* from = pixel + rw * rows;
+              S* __restrict to = target + at + rw * plan.target.stride[3];
+              for (int64_t row = 0; row < whole; row += kN)
                 store_as(to + row, load_vector(from + row) + load_vector(bias + row));
-              for (; row < rows; ++row) to[row] = convert<S>(from[row] + bias[row]);
+              if (rest > 0)
+                store_first_as(to + whole, load_first<T>(from + whole, rest) + rest_bias, rest);
             }
         }
     }

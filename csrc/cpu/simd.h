@@ -226,6 +226,23 @@ struct IntegerOf<8> {
 template <class T>
 using Bits = Vector<typename IntegerOf<sizeof(T)>::type>;
 
+// Whether a lane is not zero.
+template <class T>
+inline bool any_lane(const Bits<T>& lanes) {
+#if DECONV_VECTOR_BYTES == 64
+  const __m512i words = reinterpret_cast<__m512i>(lanes);
+  return _mm512_test_epi64_mask(words, words) != 0;
+#elif DECONV_VECTOR_BYTES == 32
+  const __m256i words = reinterpret_cast<__m256i>(lanes);
+  return !_mm256_testz_si256(words, words);
+#else
+  const Vector<int64_t> words = reinterpret_cast<Vector<int64_t>>(lanes);
+  int64_t any = 0;
+  for (int i = 0; i < kLanes<int64_t>; ++i) any |= words[i];
+  return any != 0;
+#endif
+}
+
 // The even lanes of a followed by b, or the odd ones.
 template <class T, bool Odd>
 inline Vector<T> alternate_lanes(Vector<T> a, Vector<T> b) {

@@ -127,9 +127,12 @@ struct WeightGemm : WeightParts<S> {
       in_phase(Phase::kPack, [&] {
         for (int64_t t = 0; t * width < part.lanes; ++t) {
           T* to = packed_x + t * pixels * width;
-          for (int64_t s = 0; s < block.strips; ++s)
-            for (int64_t l = 0; l < strips[s].lines; ++l, to += length * width)
-              this->pack_x(part, strips[s].n, t, strips[s].ih + l, block.iw, length, to);
+          for (int64_t s = 0; s < block.strips; ++s) {
+            const Strip& strip = strips[s];
+            const int64_t joined = this->joins_lines() ? strip.lines : 1;
+            for (int64_t l = 0; l < strip.lines; l += joined, to += joined * length * width)
+              this->pack_x(part, strip.n, t, strip.ih + l, block.iw, joined * length, to);
+          }
         }
       });
       for (int64_t o = 0; o < part.outputs; o += patch_outputs) {
@@ -179,24 +182,38 @@ struct WeightGemm : WeightParts<S> {
   }
 
   // The patches of dy that the pixels of a strip and the taps of the part touch, for `count` co
-  // from o on; zeros outside dy.
+  // from o on; zeros outside dy. Planes of dy one after the other, unless channels lie together.
   DECONV_PHASE void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count,
                                int64_t iw, T* to) const {
     const S* from = static_cast<const S*>(params.y.data) +
                     params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
-    const int64_t stride_co = params.y.stride[1], strip_lines = min_of(lines, p.h.in),
-                  extent = patch_w.extent, pitch = patch_pitch();
+    const int64_t together = params.y.stride[1] == 1 ? count : 1;
+    for (int64_t co = 0; co < count; co += together)
+      pack_together(part, strip, together, iw, from + co * params.y.stride[1],
+                    to + co * patch_pitch());
+  }
+  void pack_together(const Part& part, const Strip& strip, int64_t count, int64_t iw, const S* from,
+                     T* to) const {
+    const int64_t strip_lines = min_of(lines, p.h.in), extent = patch_w.extent,
+                  pitch = patch_pitch();
     // A row of a patch is one piece of dy, or one a tap.
     const int64_t pieces = patch_w.by_tap ? part.kernel_w : 1,
-                  length = patch_w.by_tap ? line : extent, step = patch_w.by_tap ? p.w.stride : 1,
-                  stride = step * params.y.stride[3];
-    for (int64_t eh = 0; eh < patch_h.extent; ++eh) {
+                  step = patch_w.by_tap ? p.w.stride : 1, stride = step * params.y.stride[3];
+    // Rows that are rows of dy without a gap are one.
+    const bool dense = !patch_h.by_tap && !patch_w.by_tap && extent == p.w.out &&
+                       patch_w.output(p.w, iw, part.kw, line, 0) == 0 &&
+                       params.y.stride[2] == p.w.out * params.y.stride[3];
+    for (int64_t eh = 0, rows; eh < patch_h.extent; eh += rows) {
       const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
+      const bool inside = oh >= 0 && oh < p.h.out;
+      rows = dense && inside ? min_of(patch_h.extent - eh, p.h.out - oh) : 1;
+      const int64_t length = patch_w.by_tap ? line : rows * extent;
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t start = patch_w.output(p.w, iw, part.kw, line, piece * length);
+        const int64_t start = patch_w.output(p.w, iw, part.kw, line, piece * length),
+                      end = (rows - 1) * extent + p.w.out;
         int64_t head = 0, tail = 0;
-        if (oh >= 0 && oh < p.h.out && start < p.w.out) {
-          tail = min_of(length, (p.w.out - 1 - start) / step + 1);
+        if (inside && start < end) {
+          tail = min_of(length, (end - 1 - start) / step + 1);
           head = min_of(tail, start < 0 ? ceil_div(-start, step) : 0);
         }
         T* row = to + eh * extent + piece * length;
@@ -206,11 +223,10 @@ struct WeightGemm : WeightParts<S> {
         }
         if (head == tail) continue;
         const S* dy = from + oh * params.y.stride[2] + start * params.y.stride[3] + head * stride;
-        if (stride_co == 1 && count > 1) {
+        if (count > 1) {
           transpose(dy, stride, tail - head, count, row + head, pitch);
         } else {
-          for (int64_t co = 0; co < count; ++co)
-            copy_strided(row + co * pitch + head, dy + co * stride_co, stride, tail - head);
+          copy_strided(row + head, dy, stride, tail - head);
         }
       }
     }

@@ -148,7 +148,13 @@ struct WeightParts {
     return {iw, min_of(line, p.w.in - iw), strip_count};
   }
 
-  // One line of x for one tile of lanes: [pixel][width], zeros beyond the last channel.
+  // Whether the lines of a strip follow each other in x without a gap.
+  bool joins_lines() const {
+    return line == p.w.in && params.x.stride[2] == p.w.in * params.x.stride[3];
+  }
+
+  // One line of x, or several without a gap, for one tile of lanes: [pixel][width], zeros beyond
+  // the last channel.
   DECONV_PHASE void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw,
                            int64_t length, T* to) const {
     const int64_t lanes = min_of(width, part.lanes - t * width);
@@ -220,7 +226,10 @@ struct WeightParts {
   void store_elements(int64_t ci, const Element* elements, int64_t count, bool together,
                       Vector<T> sums) const {
     S* dw = static_cast<S*>(params.w.data) + params.w.at(ci, 0, 0, 0);
-    if (together) store_first_as(dw + elements[0].at, sums, count);
+    if (together) {
+      store_first_as(dw + elements[0].at, sums, count);
+      if (!any_lane<T>(sums != sums)) return;
+    }
     for (int64_t i = 0; i < count; ++i) {
       const T sum = sums[i];
       const Element& e = elements[i];
