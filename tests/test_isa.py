@@ -15,8 +15,11 @@ from deconv_ext.testing import EDGE, TINY, make_case, relayout
 from support import OPERATIONS, C, assert_equal, assert_same_bits, cast, exact, run, use_isa
 
 #: What x86-64 has from the beginning; more is in the namespaces deconv::cpu::{avx2,avx512} only,
-#: and AMX there in functions that are named after it.
-NEEDS_AMX = re.compile(r"^(?:tile|tdp|ldtilecfg|sttilecfg)")
+#: and there, in functions that are named after them, what multiplies pairs.
+NEEDS_PAIRS = {
+    "amx": re.compile(r"^(?:tile|tdp|ldtilecfg|sttilecfg)"),
+    "dot": re.compile(r"^vdpbf16ps"),
+}
 NEEDS_AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])\b")
 NEEDS_AVX2 = re.compile(
     r"^v(?!er[rw]\b)\w+|^(?:andn|bextr|blsi|blsr|blsmsk|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b"
@@ -54,18 +57,19 @@ def test_vector_instructions_stay_in_their_namespace() -> None:
     functions = instructions()
     assert any("PyInit" in name for name in functions), "no symbols: nothing was looked at"
     found = {name: 0 for name in NAMES}
-    amx_functions = 0
+    with_pairs = dict.fromkeys(NEEDS_PAIRS, 0)
     for name, code in functions.items():
         least = needs(code)
         allowed = next((isa for isa in NAMES if f"cpu::{isa}::" in name), "portable")
         assert NAMES.index(least) >= NAMES.index(allowed), f"{name} needs {least}"
         found[least] += 1
-        amx = any(NEEDS_AMX.search(line) for line in code)
-        assert not amx or "amx" in name.lower(), f"{name} needs amx"
-        amx_functions += amx
+        for what, pattern in NEEDS_PAIRS.items():
+            found_there = any(pattern.search(line) for line in code)
+            assert not found_there or what in name.lower(), f"{name} needs {what}"
+            with_pairs[what] += found_there
     if sys.platform == "linux" and os.uname().machine == "x86_64":
         assert min(found.values()) > 10, found
-        assert amx_functions > 2
+        assert min(with_pairs.values()) > 2, with_pairs
 
 
 def test_the_patterns_know_the_instructions() -> None:
@@ -74,25 +78,32 @@ def test_the_patterns_know_the_instructions() -> None:
     assert needs(["vmovups (%rax),%ymm1{%k1}"]) == "avx512"
     assert needs(["vmovups (%rax),%ymm3"]) == "avx2"
     assert needs(["shlx %rax,%rbx,%rcx"]) == "avx2"
-    assert NEEDS_AMX.search("tdpbf16ps %tmm1,%tmm2,%tmm3") and NEEDS_AMX.search("tilerelease")
+    for line in ("tdpbf16ps %tmm1,%tmm2,%tmm3", "tilerelease"):
+        assert NEEDS_PAIRS["amx"].search(line) and not NEEDS_PAIRS["dot"].search(line)
+    assert NEEDS_PAIRS["dot"].search("vdpbf16ps %zmm1,%zmm2,%zmm3")
     assert needs(["verr %ax", "movups (%rax),%xmm3", "call 1234 <f>", "ret"]) == "portable"
 
 
 def test_the_machine_is_asked() -> None:
     """What is offered is what the processor has, best first; portable code is always there."""
     assert C.cpu_isas()[-1] == "portable" and C.cpu_isa() in C.cpu_isas()
-    assert C.cpu_isas() == [name for name in ("amx", *NAMES) if name in C.cpu_isas()]
+    names = ("amx", "avx512_bf16", *NAMES)
+    assert C.cpu_isas() == [name for name in names if name in C.cpu_isas()]
     flags = Path("/proc/cpuinfo").read_text().split()
     assert ("avx2" in C.cpu_isas()) == ("avx2" in flags and "fma" in flags)
     wanted = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
     assert ("avx512" in C.cpu_isas()) == (wanted <= set(flags))
+    assert ("avx512_bf16" in C.cpu_isas()) == (wanted | {"avx512_bf16"} <= set(flags))
     assert ("amx" in C.cpu_isas()) == (wanted | {"amx_tile", "amx_bf16"} <= set(flags))
 
 
 @pytest.mark.parametrize("isa", C.cpu_isas())
-def test_amx_multiplies_what_it_is_for(isa: str) -> None:
-    """Its instructions alone take denormal operands for zero: here one can see who computed."""
-    for channels, whole in ((64, True), (63, False)):
+def test_pairs_are_multiplied_where_that_is_faster(isa: str) -> None:
+    """Their instructions alone take denormal operands for zero: so one can see who computed."""
+    # Of how many channels that are summed; of how many rows of grad_weight's tiles.
+    channels_taken = {"amx": {64}, "avx512_bf16": {64, 62}}.get(isa, set())
+    outputs_taken = {"amx": {5}, "avx512_bf16": {3, 5}}.get(isa, set())
+    for channels in (64, 62, 63):
         case = make_case("denormal", (1, channels, 5, 6), channels, 3, 2, 1, 1)
         t = case.operands(0, torch.bfloat16)
         for tensor in (t.x, t.dy):
@@ -102,12 +113,12 @@ def test_amx_multiplies_what_it_is_for(isa: str) -> None:
         with use_isa(isa):
             for op in ("forward", "grad_input"):
                 flushed = not run(op, case, t).any()
-                assert flushed == (isa == "amx" and whole), (op, channels)
-            for outputs in (3, 5):  # a quarter of a tile's rows is filled, or less
+                assert flushed == (channels in channels_taken), (op, channels)
+            for outputs in (2, 3, 5):
                 case = make_case("outputs", (1, channels, 5, 6), outputs, 3, 2, 1, 1)
                 t = t._replace(dy=t.dy.new_full((1, outputs, *t.dy.shape[2:]), 1024))
                 flushed = not run("grad_weight", case, t).any()
-                assert flushed == (isa == "amx" and outputs == 5), outputs
+                assert flushed == (outputs in outputs_taken), outputs
 
 
 @pytest.mark.parametrize("isa", C.cpu_isas())

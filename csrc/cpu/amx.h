@@ -7,7 +7,7 @@
 // setting: the instruction knows no other way. Pairs travel as floats (pairs.h).
 #pragma once
 
-#include "simd.h"
+#include "pair_tiles.h"
 
 namespace deconv {
 namespace cpu {
@@ -128,10 +128,68 @@ struct AmxProduct {
   }
 };
 
-// A multiplication takes 16 cycles for 16 pairs, a load 8.
-inline double amx_cycles_per_step(int rm, int rn) {
-  return max_of<double>(rm * rn, 0.5 * (rm + rn)) + 0.25 * rn;
+// Segments are whole tiles of pairs.
+template <int RM, int RN>
+void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task, int64_t tasks) {
+  using Product = AmxProduct<RM, RN>;
+  for (const TileTask<float>* const last = task + tasks; task != last; ++task) {
+    const TileTarget<float>& to = task->to;
+    Product::begin(to.c, to.pitch, to.accumulate);
+    for (int64_t s = 0; s < segments.count; ++s) {
+      const Segment& segment = segments.list[s];
+      Product::add(task->a + segment.a + task->row[0], task->row[1] - task->row[0],
+                   kAmxSide * segments.step_a, task->b + segment.b, segments.step_b,
+                   segment.length);
+    }
+    Product::end(to.c, to.pitch);
+  }
 }
+
+template <int RM, int RN>
+constexpr Tile<float> make_amx_tile() {
+  return {RM * static_cast<int>(kAmxSide),
+          RN,
+          multiply_amx_tiles<RM, RN>,
+          multiply_amx_tiles<RM, RN>,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
+template <int RM, int RN>
+void multiply_amx_strips(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
+                         int64_t pitch, bool accumulate) {
+  using Product = AmxProduct<RM, RN>;
+  Product::begin(c, pitch, accumulate);
+  for (int64_t s = 0; s < count; ++s)
+    Product::add(strips[s].a, pitch_a, 2 * kAmxSide, strips[s].b, RN * kAmxSide, strips[s].pairs);
+  Product::end(c, pitch);
+}
+
+// How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
+struct Amx {
+  using Session = AmxSession;
+  static constexpr int64_t kUnit = kAmxSide;  // pairs at a time
+  static constexpr Tile<float> kTiles[] = {make_amx_tile<2, 2>(), make_amx_tile<1, 4>(),
+                                           make_amx_tile<4, 1>(), make_amx_tile<1, 1>()};
+  static constexpr PairWeightTile kWeightTiles[] = {{32, 2, multiply_amx_strips<2, 2>},
+                                                    {16, 4, multiply_amx_strips<1, 4>},
+                                                    {64, 1, multiply_amx_strips<4, 1>},
+                                                    {16, 1, multiply_amx_strips<1, 1>}};
+
+  // A multiplication takes 16 cycles for 16 pairs, a load 8.
+  static double cycles_per_step(int rows, int vectors) {
+    const int rm = rows / static_cast<int>(kAmxSide);
+    return max_of<double>(rm * vectors, 0.5 * (rm + vectors)) + 0.25 * vectors;
+  }
+  // Nothing else reads a part of a tile of pairs.
+  static bool takes(int64_t channels) { return channels % (2 * kAmxSide) == 0; }
+  // Where a quarter of the tiles is filled, or more: multiply-adds take eight times as long.
+  static bool takes_weight(int64_t rows, int64_t lanes) {
+    return 4 * rows * lanes >= round_up(rows, kAmxSide) * round_up(lanes, kAmxSide);
+  }
+};
 
 }  // namespace DECONV_ISA
 }  // namespace cpu

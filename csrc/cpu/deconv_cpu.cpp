@@ -23,7 +23,7 @@ namespace {
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
   for (const Kernels* kernels :
-       {amx_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
+       {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
     if (kernels && kernels->supported()) usable.push_back(kernels);
   return usable;
 }
@@ -39,14 +39,19 @@ const Kernels* find_kernels(const std::string& name, const char* asked_by) {
                            "), but got '" + name + "'");
 }
 
+const Kernels* best_kernels() {
+  const std::vector<const Kernels*> usable = usable_kernels();
+  return *std::find_if(usable.begin(), usable.end(),
+                       [](const Kernels* kernels) { return !kernels->wins || kernels->wins(); });
+}
+
 std::atomic<const Kernels*> kernels_in_use{nullptr};
 
 const Kernels& kernels() {
   const Kernels* current = kernels_in_use.load(std::memory_order_acquire);
   if (!current) {
     const char* forced = std::getenv("DECONV_EXT_CPU_ISA");
-    current =
-        forced && *forced ? find_kernels(forced, "DECONV_EXT_CPU_ISA") : usable_kernels().front();
+    current = forced && *forced ? find_kernels(forced, "DECONV_EXT_CPU_ISA") : best_kernels();
     kernels_in_use.store(current, std::memory_order_release);
   }
   return *current;

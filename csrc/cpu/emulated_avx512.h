@@ -154,6 +154,12 @@ inline void multiply_tiles(int c, int a, int b) {
         for (int n = 0; n < 16; ++n) sums[m][n] += factor * operand(right[k][n], odd);
       }
 }
+inline __m512 dpbf16_ps(__m512 sum, __m512 a, __m512 b) {
+  for (bool odd : {true, false})
+    for (int i = 0; i < 16; ++i)
+      sum[i] = __builtin_fmaf(operand(a[i], odd), operand(b[i], odd), sum[i]);
+  return sum;
+}
 
 }  // namespace emulated
 }  // namespace cpu

@@ -84,7 +84,7 @@ struct GatherGemm {
                              const T* panel, const bool* present, SegmentList& segments,
                              int64_t* row_offsets, TileTarget<T>* targets, LinePlace<T>* lines,
                              T* sums, const T* bias) const {
-    const Session session{};
+    [[maybe_unused]] const Session session{};
     const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];

@@ -35,6 +35,7 @@ inline Kernels table(const char* isa, bool (*supported)()) {
   return {
       isa,
       supported,
+      nullptr,
       kLanes<float>,
       [](Op op, const Params& params, int threads) {
         with_storage(params.dtype, [&](auto s) { gather_gemm<decltype(s)>(op, params, threads); });

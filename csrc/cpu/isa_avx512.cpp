@@ -1,4 +1,5 @@
-// The CPU kernels for AVX-512, and with AMX where a processor has that too. Standard headers come
+// The CPU kernels for AVX-512, and with its dot products of bfloat16 or with AMX where a processor
+// has these too. Standard headers come
 // before the switch of target, so that nothing shared is compiled for it.
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -19,7 +20,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 11 && defined(__linux__)
-#define DECONV_AMX
+#define DECONV_PAIRS  // instructions that the assembler has to know
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,9 +36,11 @@
 #define DECONV_VECTOR_BYTES 64
 #define DECONV_VECTOR_REGISTERS 32
 #include "instantiate.h"
-#ifdef DECONV_AMX
-#include "gather_amx.h"
-#include "weight_amx.h"
+#ifdef DECONV_PAIRS
+#include "amx.h"
+#include "dot.h"
+#include "gather_pairs.h"
+#include "weight_pairs.h"
 #endif
 #pragma GCC pop_options
 
@@ -59,11 +62,20 @@ const Kernels* avx512_kernels() {
   return &kernels;
 }
 
-#ifdef DECONV_AMX
+#ifdef DECONV_PAIRS
 namespace {
+bool has_dot_products() {
+#ifdef DECONV_EMULATED
+  return supported();
+#endif
+  constexpr unsigned kBf16 = 1u << 5;
+  unsigned a, b, c, d;
+  return supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16);
+}
+
 // The processor has AMX for bfloat16, and the system lets this process use its registers, for which
 // one has to ask.
-bool amx_supported() {
+bool has_amx() {
 #ifdef DECONV_EMULATED
   return supported();
 #endif
@@ -76,37 +88,50 @@ bool amx_supported() {
   return granted;
 }
 
-void gather_gemm_or_amx(Op op, const Params& params, int threads) {
-  avx512::amx_takes(op, params) ? avx512::gather_amx(op, params, threads)
-                                : avx512_kernels()->gather_gemm(op, params, threads);
-}
-
-void weight_gemm_or_amx(const Params& params, int threads) {
-  avx512::amx_takes_weight(params) ? avx512::weight_amx(params, threads)
-                                   : avx512_kernels()->weight_gemm(params, threads);
-}
-
-bool prefers_winograd_to_amx(Op op, const Params& params) {
-  return !avx512::amx_takes(op, params) && avx512_kernels()->prefers_winograd(op, params);
+// The kernels of AVX-512, but for what Format takes.
+template <class Format>
+Kernels with_pairs(const char* isa, bool (*has_them)()) {
+  Kernels all = avx512::table(isa, has_them);
+  all.gather_gemm = [](Op op, const Params& params, int threads) {
+    avx512::pairs_take<Format>(op, params) ? avx512::gather_pairs<Format>(op, params, threads)
+                                           : avx512_kernels()->gather_gemm(op, params, threads);
+  };
+  all.weight_gemm = [](const Params& params, int threads) {
+    avx512::pairs_take_weight<Format>(params) ? avx512::weight_pairs<Format>(params, threads)
+                                              : avx512_kernels()->weight_gemm(params, threads);
+  };
+  all.prefers_winograd = [](Op op, const Params& params) {
+    return !avx512::pairs_take<Format>(op, params) &&
+           avx512_kernels()->prefers_winograd(op, params);
+  };
+  return all;
 }
 }  // namespace
 
 const Kernels* amx_kernels() {
+  static const Kernels kernels = with_pairs<avx512::Amx>("amx", has_amx);
+  return &kernels;
+}
+
+const Kernels* avx512_bf16_kernels() {
   static const Kernels kernels = [] {
-    Kernels all = avx512::table("amx", amx_supported);
-    all.gather_gemm = gather_gemm_or_amx;
-    all.weight_gemm = weight_gemm_or_amx;
-    all.prefers_winograd = prefers_winograd_to_amx;
+    Kernels all = with_pairs<avx512::Dot>("avx512_bf16", has_dot_products);
+    all.wins = [] {
+      static const bool wins = avx512::dot_products_win();
+      return wins;
+    };
     return all;
   }();
   return &kernels;
 }
 #else
 const Kernels* amx_kernels() { return nullptr; }
+const Kernels* avx512_bf16_kernels() { return nullptr; }
 #endif
 }  // namespace cpu
 }  // namespace deconv
 #else
 const deconv::cpu::Kernels* deconv::cpu::avx512_kernels() { return nullptr; }
+const deconv::cpu::Kernels* deconv::cpu::avx512_bf16_kernels() { return nullptr; }
 const deconv::cpu::Kernels* deconv::cpu::amx_kernels() { return nullptr; }
 #endif

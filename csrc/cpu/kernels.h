@@ -9,6 +9,7 @@ namespace cpu {
 struct Kernels {
   const char* isa;
   bool (*supported)();  // by this machine
+  bool (*wins)();       // against the next ones, where that has to be tried; else null
   int lanes;            // float32 elements of a vector
   void (*gather_gemm)(Op, const Params&, int threads);
   void (*winograd)(Op, const Params&, int threads);
@@ -21,6 +22,7 @@ struct Kernels {
 
 // Null where the compiler or the architecture lacks the instruction set.
 const Kernels* amx_kernels();
+const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

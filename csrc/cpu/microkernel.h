@@ -78,8 +78,16 @@ struct SegmentList {
   int64_t step_a, step_b;  // where Steps leaves them open
 };
 
+// What a step does to a sum. The other one multiplies pairs (dot.h).
+struct MultiplyAdd {
+  template <class T>
+  DECONV_INLINE static void add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
+    multiply_add<T>(sum, a, b);
+  }
+};
+
 // sum += A * B of one segment; `distance` in bytes, or else an index would be computed each step
-template <class T, int RM, int RN, Steps steps>
+template <class T, int RM, int RN, Steps steps, class Multiply>
 DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, int64_t* distance,
                                     int64_t step_a, int64_t step_b, Vector<T>* sum) {
   constexpr int kN = kLanes<T>, kWidth = RN * kN, kUnrolled = 4;
@@ -102,7 +110,8 @@ DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, int6
         va = reinterpret_cast<const T*>(reinterpret_cast<const char*>(va) + distance[m]);
       }
       const Vector<T> factor = broadcast(*va);
-      unroll<RN>([&](auto n) DECONV_INLINED { multiply_add<T>(sum[m * RN + n], factor, vb[n]); });
+      unroll<RN>([&](auto n)
+                     DECONV_INLINED { Multiply::template add<T>(sum[m * RN + n], factor, vb[n]); });
     });
     if constexpr (kMoveA) a += step_a;
     if constexpr (kMoveB) b += step_b;
@@ -160,7 +169,7 @@ __attribute__((noinline)) void store_pieces(const Vector<T>* sum, const TileTarg
 }
 
 // If Phases > 1, so many rows of the tile, a divisor of RM, take turns in a row of C.
-template <class T, int RM, int RN, Steps steps, int Phases = 1>
+template <class T, int RM, int RN, Steps steps, int Phases = 1, class Multiply = MultiplyAdd>
 void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_t tasks) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
@@ -174,8 +183,8 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
       unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = task->row[m] * sizeof(T); });
     bool any_parts = false;
     for (const Segment* s = segments.list; s != end; ++s) {
-      multiply_segment<T, RM, RN, steps>(task->a + s->a, task->b + s->b, s->length, distance,
-                                         segments.step_a, segments.step_b, sum);
+      multiply_segment<T, RM, RN, steps, Multiply>(task->a + s->a, task->b + s->b, s->length,
+                                                   distance, segments.step_a, segments.step_b, sum);
       if (s->ends_part && s + 1 != end) {
         unroll<RM * RN>([&](auto i) DECONV_INLINED {
           if (any_parts) sum[i] += load_vector(parts + i * kN);

@@ -1,5 +1,5 @@
 // What the matrix products for grad_weight share, whatever multiplies (weight_gemm.h,
-// weight_amx.h):
+// weight_pairs.h):
 //
 //     dw[ci, co, k] = sum over n, i of x[n, ci, i] * dy[n, co, i * stride + k * dilation - pad]
 //

@@ -1,4 +1,5 @@
-// "gemm" for grad_weight in bfloat16 by AMX (weight_parts.h), which multiplies pairs of pixels.
+// "gemm" for grad_weight in bfloat16 (weight_parts.h) by instructions that multiply pairs, here of
+// pixels, with the tiles of Format: Amx (amx.h) or Dot (dot.h).
 //
 // Pixels that a tap reads have to follow each other, so a patch of dy is split into classes: of
 // each axis, outputs with the same remainder modulo the stride. In its class a tap is a shift:
@@ -10,7 +11,7 @@
 // for a tap, 16 co are the rows of a tile. Tiles of B are pairs of pixels of 16 ci.
 #pragma once
 
-#include "amx.h"
+#include "pair_tiles.h"
 #include "weight_parts.h"
 
 namespace deconv {
@@ -54,59 +55,33 @@ struct PatchClasses {
   }
 };
 
-// One strip's part of a sum.
-struct AmxStrip {
-  const BFloat16* a;
-  const float* b;
-  int64_t pairs;
-};
-
-template <int RM, int RN>
-void multiply_amx_strips(const AmxStrip* strips, int64_t count, int64_t pitch_a, float* c,
-                         int64_t pitch, bool accumulate) {
-  using Product = AmxProduct<RM, RN>;
-  Product::begin(c, pitch, accumulate);
-  for (int64_t s = 0; s < count; ++s)
-    Product::add(strips[s].a, pitch_a, 2 * kAmxSide, strips[s].b, RN * kAmxSide, strips[s].pairs);
-  Product::end(c, pitch);
-}
-
-struct AmxWeightTile {
-  int rm, rn;
-  void (*multiply)(const AmxStrip*, int64_t count, int64_t pitch_a, float* c, int64_t pitch,
-                   bool accumulate);
-};
-constexpr AmxWeightTile kAmxWeightTiles[] = {{2, 2, multiply_amx_strips<2, 2>},
-                                             {1, 4, multiply_amx_strips<1, 4>},
-                                             {4, 1, multiply_amx_strips<4, 1>},
-                                             {1, 1, multiply_amx_strips<1, 1>}};
-
-// Where a quarter of the tiles is filled, or more: multiply-adds take eight times as long.
-inline bool amx_takes_weight(const Params& params) {
+template <class Format>
+bool pairs_take_weight(const Params& params) {
   const Problem& p = params.problem;
-  const int64_t rows = p.c_out / p.groups, lanes = p.c_in / p.groups;
   return params.dtype == Dtype::kBFloat16 &&
-         4 * rows * lanes >= round_up(rows, kAmxSide) * round_up(lanes, kAmxSide);
+         Format::takes_weight(p.c_out / p.groups, p.c_in / p.groups);
 }
 
-struct WeightAmx : WeightParts<BFloat16> {
-  AmxWeightTile tile;
+template <class Format>
+struct WeightPairs : WeightParts<BFloat16> {
+  PairWeightTile tile;
   int64_t tile_rows;
   PatchClasses patch_h, patch_w;
 
-  explicit WeightAmx(const Params& given) : WeightParts(given) {
+  explicit WeightPairs(const Params& given) : WeightParts(given) {
     double least = 0;
-    for (const AmxWeightTile& t : kAmxWeightTiles) {
-      const int64_t rows = ceil_div(group_out, t.rm * kAmxSide),
-                    lanes = ceil_div(group_in, t.rn * kAmxSide);
-      const double cycles = amx_cycles_per_step(t.rm, t.rn) * static_cast<double>(rows * lanes);
+    for (const PairWeightTile& t : Format::kWeightTiles) {
+      const int64_t rows = ceil_div(group_out, t.rows),
+                    lanes = ceil_div(group_in, t.vectors * kLanes<float>);
+      const double cycles =
+          Format::cycles_per_step(t.rows, t.vectors) * static_cast<double>(rows * lanes);
       if (least != 0 && cycles >= least) continue;
       least = cycles;
       tile = t;
     }
-    tile_rows = tile.rm * kAmxSide;
+    tile_rows = tile.rows;
     taps_outer = true;
-    choose_lanes(tile.rn * kAmxSide);
+    choose_lanes(tile.vectors * kLanes<float>);
     choose_chunks(tile_rows, 0);
     constexpr int64_t kPatches = kPatchBytes / sizeof(BFloat16);
     choose_lines(kBlockPixels, [&] {
@@ -125,21 +100,21 @@ struct WeightAmx : WeightParts<BFloat16> {
   int64_t strip_elements() const { return patch_h.count * patch_w.count * class_elements(); }
   // From one co's patches to the next. A shifted strip, rounded up to tiles, ends beyond its class.
   int64_t patch_pitch() const {
-    return odd_lines(images() * strip_elements() + pitch() + 2 * kAmxSide, sizeof(BFloat16));
+    return odd_lines(images() * strip_elements() + pitch() + 2 * Format::kUnit, sizeof(BFloat16));
   }
   int64_t pairs_of(int64_t strip_lines) const {
-    return round_up(strip_lines * pitch() / 2, kAmxSide);
+    return round_up(strip_lines * pitch() / 2, Format::kUnit);
   }
 
   // As that of WeightGemm, in rows (k, co).
   float* accumulate(const Part& part, int64_t begin, int64_t end, float* sums) const {
-    const AmxSession session;
+    [[maybe_unused]] const typename Format::Session session{};
     float *own_sums, *packed_x, *rows;
     BFloat16* patches;
     Strip* strips;
-    AmxStrip* operands;
+    PairStrip* operands;
     // Of a tile of lanes; each strip may end with a part of a tile.
-    const int64_t tile_pairs = lines * pitch() / 2 + images() * kAmxSide;
+    const int64_t tile_pairs = lines * pitch() / 2 + images() * Format::kUnit;
     const auto carve = [&](void* memory) {
       Carver carver(memory);
       own_sums = carver.take<float>(sums ? 0 : part_elements());
@@ -149,7 +124,7 @@ struct WeightAmx : WeightParts<BFloat16> {
           max_of(round_up<int64_t>(line, kLanes<float>) * width,
                  kOutputsTogether * round_up<int64_t>(patch_w.extent, kLanes<float>)));
       strips = carver.take<Strip>(images());
-      operands = carver.take<AmxStrip>(images());
+      operands = carver.take<PairStrip>(images());
       return carver.used();
     };
     carve(thread_scratch(carve(nullptr)));
@@ -274,8 +249,9 @@ struct WeightAmx : WeightParts<BFloat16> {
   }
 };
 
-inline void weight_amx(const Params& params, int threads) {
-  run_weight_product(WeightAmx(params), threads);
+template <class Format>
+void weight_pairs(const Params& params, int threads) {
+  run_weight_product(WeightPairs<Format>(params), threads);
 }
 
 }  // namespace DECONV_ISA

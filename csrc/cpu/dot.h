@@ -1,0 +1,114 @@
+// Pairs of bfloat16 in vector registers, by the dot product of AVX512-BF16:
+//
+//     sum[lane] += a[lane].even * b[lane].even + a[lane].odd * b[lane].odd
+//
+// Products are exact, sums are float32. As with AMX, denormal operands count as zero. The tiles are
+// those of float32 (microkernel.h), with a pair where they have a number.
+#pragma once
+
+#include "pair_tiles.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+struct DotProduct {
+  template <class T>
+  DECONV_INLINE static void add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
+#ifdef DECONV_EMULATED
+    sum = emulated::dpbf16_ps(sum, a, b);
+#else
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#endif
+  }
+};
+
+// The least cycles, of some trials, that so many steps of independent sums take.
+template <class Multiply>
+DECONV_PHASE uint64_t dot_trial_cycles() {
+  constexpr int kSums = 12, kSteps = 256, kTrials = 16;
+  uint64_t least = ~uint64_t{0};
+  for (int trial = 0; trial < kTrials; ++trial) {
+    Vector<float> sum[kSums] = {}, factor{};
+    const uint64_t begin = __rdtsc();
+    for (int step = 0; step < kSteps; ++step)
+      unroll<kSums>([&](auto i)
+                        DECONV_INLINED { Multiply::template add<float>(sum[i], factor, factor); });
+    unroll<kSums>([&](auto i) DECONV_INLINED { asm volatile("" ::"v"(sum[i])); });
+    least = min_of<uint64_t>(least, __rdtsc() - begin);
+  }
+  return least;
+}
+
+// Whether this processor multiplies pairs faster than their numbers one by one: some take twice as
+// long for a dot product as for a multiply-add, others no longer. Pairs take more packing.
+inline bool dot_products_win() {
+  return 2 * dot_trial_cycles<MultiplyAdd>() > 1.3 * dot_trial_cycles<DotProduct>();
+}
+
+template <int RM, int RN>
+constexpr Tile<float> make_dot_tile() {
+  return {RM,
+          RN,
+          multiply_tiles<float, RM, RN, Steps::kContiguousA, 1, DotProduct>,
+          multiply_tiles<float, RM, RN, Steps::kPanelA, 1, DotProduct>,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
+template <int RM, int RN>
+void multiply_dot_strips(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
+                         int64_t pitch, bool accumulate) {
+  constexpr int kN = kLanes<float>;
+  Vector<float> sum[RM * RN];
+  int64_t distance[RM];
+  const auto place = [&](int i) DECONV_INLINED { return c + i / RN * pitch + i % RN * kN; };
+  unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = m * pitch_a * sizeof(BFloat16); });
+  unroll<RM * RN>([&](auto i) DECONV_INLINED {
+    sum[i] = accumulate ? load_vector(place(i)) : Vector<float>{};
+  });
+  for (int64_t s = 0; s < count; ++s)
+    multiply_segment<float, RM, RN, Steps::kContiguousA, DotProduct>(
+        reinterpret_cast<const float*>(strips[s].a), strips[s].b, strips[s].pairs, distance, 0, 0,
+        sum);
+  unroll<RM * RN>([&](auto i) DECONV_INLINED { store_vector(place(i), sum[i]); });
+}
+
+// How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
+struct Dot {
+  struct Session {};
+  static constexpr int64_t kUnit = 1;
+  static constexpr Tile<float> kTiles[] = {make_dot_tile<8, 3>(), make_dot_tile<6, 4>(),
+                                           make_dot_tile<9, 3>(), make_dot_tile<4, 4>(),
+                                           make_dot_tile<8, 2>(), make_dot_tile<8, 1>()};
+  static constexpr PairWeightTile kWeightTiles[] = {
+      {8, 3, multiply_dot_strips<8, 3>}, {6, 4, multiply_dot_strips<6, 4>},
+      {9, 3, multiply_dot_strips<9, 3>}, {4, 4, multiply_dot_strips<4, 4>},
+      {8, 2, multiply_dot_strips<8, 2>}, {8, 1, multiply_dot_strips<8, 1>}};
+
+  static double cycles_per_step(int rows, int vectors) {
+    return cpu::cycles_per_step(rows, vectors);
+  }
+  static bool takes(int64_t channels) { return channels % 2 == 0; }
+  // Rows of a tile are channels of dy there; without pairs they are channels and taps, which leave
+  // none of them empty.
+  static bool takes_weight(int64_t rows, int64_t lanes) {
+    constexpr double kPacking = 1.2;  // pairs take more of it
+    double pairs = 0, numbers = 0;    // cycles
+    for (const PairWeightTile& t : kWeightTiles) {
+      const double row = cycles_per_step(t.rows, t.vectors) *
+                         static_cast<double>(ceil_div(lanes, t.vectors * kLanes<float>));
+      const double of_pairs = row * static_cast<double>(ceil_div(rows, t.rows)) / 2,
+                   of_numbers = row * static_cast<double>(rows) / t.rows;
+      pairs = pairs == 0 ? of_pairs : min_of(pairs, of_pairs);
+      numbers = numbers == 0 ? of_numbers : min_of(numbers, of_numbers);
+    }
+    return kPacking * pairs < numbers;
+  }
+};
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv

@@ -1,0 +1,29 @@
+// What multiplies pairs of bfloat16 looks like: tiles of the gather product (gather_pairs.h), whose
+// pairs are of channels, and of grad_weight (weight_pairs.h), whose pairs are of pixels. There are
+// two of them, amx.h and dot.h.
+#pragma once
+
+#include "microkernel.h"
+#include "pairs.h"
+
+namespace deconv {
+namespace cpu {
+namespace DECONV_ISA {
+
+// A part of a sum for grad_weight: rows of A hold their pixels side by side, B is a panel of pairs.
+struct PairStrip {
+  const BFloat16* a;
+  const float* b;
+  int64_t pairs;
+};
+
+// Rows times vectors of lanes; rows of A are pitch_a apart.
+struct PairWeightTile {
+  int rows, vectors;
+  void (*multiply)(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c, int64_t pitch,
+                   bool accumulate);
+};
+
+}  // namespace DECONV_ISA
+}  // namespace cpu
+}  // namespace deconv
