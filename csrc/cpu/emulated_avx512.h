@@ -176,6 +176,7 @@ inline __m512 dpbf16_ps(__m512 sum, __m512 a, __m512 b) {
 #define _mm512_test_epi64_mask (deconv::cpu::emulated::test_epi64)
 #define _mm512_maskz_loadu_epi32 (deconv::cpu::emulated::masked_load<uint32_t, __m512i>)
 #define _mm512_maskz_loadu_epi64 (deconv::cpu::emulated::masked_load<uint64_t, __m512i>)
+#define _mm512_maskz_loadu_epi16 (deconv::cpu::emulated::masked_load<uint16_t, __m512i>)
 #define _mm256_maskz_loadu_epi16 (deconv::cpu::emulated::masked_load<uint16_t, __m256i>)
 #define _mm512_mask_storeu_epi32 (deconv::cpu::emulated::masked_store<uint32_t, __m512i>)
 #define _mm512_mask_storeu_epi64 (deconv::cpu::emulated::masked_store<uint64_t, __m512i>)

@@ -150,8 +150,7 @@ struct GatherStore {
     const int64_t first = group * plan.rows + chunk * plan.row_chunk,
                   rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     S* target = static_cast<S*>(plan.target.data) + first * plan.target.stride[1];
-    if (!plan.rows_across && target_is_linear())
-      return store_linear(rows, runs, run_count, sums, bias, target);
+    if (target_is_linear()) return store_linear(rows, runs, run_count, sums, bias, target);
     if (!plan.rows_across && !plan.batch_innermost && plan.target.stride[3] == 1)
       return store_interleaved(rows, runs, run_count, sums, bias, target);
     if (plan.rows_across && plan.rows_by_phase && plan.target.stride[3] == 1 &&
@@ -162,26 +161,21 @@ struct GatherStore {
     store_strided(rows, runs, run_count, sums, bias, target);
   }
 
-  // There is one phase, and planes of the target are contiguous (grad_input in NCHW): pixels that
-  // follow each other do so in the target, across the ends of its rows.
+  // Pixels are lanes, there is one phase and planes of the target are contiguous (grad_input in
+  // NCHW): pixels that follow each other do so in the target, across the ends of its rows.
   bool target_is_linear() const {
-    return !plan.batch_innermost && plan.h.target_step == 1 && plan.w.target_step == 1 &&
-           plan.target.stride[3] == 1 && plan.target.stride[2] == plan.w.target && !plan.flat;
-  }
-  // The pixels of the runs from `run` on that do so; `next` is the first run that does not.
-  int64_t join_targets(const PixelRun* run, const PixelRun* last, const PixelRun*& next) const {
-    int64_t count = run->count;
-    for (next = run + 1;
-         target_is_linear() && next < last && next->n == run->n && next->at == run->at + count;
-         ++next)
-      count += next->count;
-    return count;
+    return !plan.rows_across && !plan.batch_innermost && plan.h.target_step == 1 &&
+           plan.w.target_step == 1 && plan.target.stride[3] == 1 &&
+           plan.target.stride[2] == plan.w.target && !plan.flat;
   }
   DECONV_PHASE void store_linear(int64_t rows, const PixelRun* runs, int64_t run_count,
                                  const T* sums, const T* bias, S* target) const {
     const PixelRun* next;
     for (const PixelRun* run = runs; run < runs + run_count; run = next) {
-      const int64_t count = join_targets(run, runs + run_count, next);
+      int64_t count = run->count;
+      for (next = run + 1;
+           next < runs + run_count && next->n == run->n && next->at == run->at + count; ++next)
+        count += next->count;
       for (int64_t row = 0; row < rows; ++row) {
         const T* from = sums + plan.sum_at(row, run->at);
         interleave_full<1>(target + plan.target.at(run->n, row, run->jh, run->jw), &from, 0, count,
@@ -288,16 +282,13 @@ struct GatherStore {
         // Some rows over all pixels: what follows each other in the target does so in time.
         for (int64_t row = 0; row < rows; row += kN) {
           const Vector<T> add = load_first<T>(bias + row, min_of(kN, rows - row));
-          const PixelRun* next;
-          for (const PixelRun* run = runs; run < runs + run_count; run = next) {
-            const int64_t pixels = join_targets(run, runs + run_count, next);
+          for (const PixelRun* run = runs; run < runs + run_count; ++run) {
             const int64_t th = run->jh * plan.h.target_step + h.first_phase + rh;
             if (th < 0 || th >= plan.h.target) continue;
             const int64_t start = run->jw * step + first_phase;
             // Phases that do not exist lie beyond the target.
             const int64_t begin = max_of<int64_t>(0, -start),
-                          end = next - run > 1 ? pixels
-                                               : min_of(pixels * step, plan.w.target - start);
+                          end = min_of(run->count * step, plan.w.target - start);
             for (int64_t at = begin; at < end; at += kN) {
               const int64_t count = min_of(kN, end - at);
               Vector<T> square[kN];

@@ -109,7 +109,7 @@ struct WeightPairs : WeightParts<BFloat16> {
   // As that of WeightGemm, in rows (k, co).
   float* accumulate(const Part& part, int64_t begin, int64_t end, float* sums) const {
     [[maybe_unused]] const typename Format::Session session{};
-    float *own_sums, *packed_x, *rows;
+    float *own_sums, *packed_x;
     BFloat16* patches;
     Strip* strips;
     PairStrip* operands;
@@ -120,9 +120,6 @@ struct WeightPairs : WeightParts<BFloat16> {
       own_sums = carver.take<float>(sums ? 0 : part_elements());
       packed_x = carver.take<float>(lane_tiles * tile_pairs * width);
       patches = carver.take<BFloat16>(patch_outputs * patch_pitch());
-      rows = carver.take<float>(
-          max_of(round_up<int64_t>(line, kLanes<float>) * width,
-                 kOutputsTogether * round_up<int64_t>(patch_w.extent, kLanes<float>)));
       strips = carver.take<Strip>(images());
       operands = carver.take<PairStrip>(images());
       return carver.used();
@@ -137,7 +134,7 @@ struct WeightPairs : WeightParts<BFloat16> {
         for (int64_t t = 0; t * width < part.lanes; ++t) {
           float* to = packed_x + t * tile_pairs * width;
           for (int64_t s = 0; s < block.strips; ++s) {
-            pack_pairs(part, strips[s], t, block, rows, to);
+            pack_pairs(part, strips[s], t, block, to);
             to += pairs_of(strips[s].lines) * width;
           }
         }
@@ -148,7 +145,7 @@ struct WeightPairs : WeightParts<BFloat16> {
           for (int64_t s = 0; s < block.strips; ++s)
             for (int64_t co = 0; co < count; co += kOutputsTogether)
               pack_classes(part, strips[s], o + co, min_of(kOutputsTogether, count - co), block.iw,
-                           rows, patches + co * patch_pitch() + s * strip_elements());
+                           patches + co * patch_pitch() + s * strip_elements());
         });
         in_phase(Phase::kProduct, [&] {
           float* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
@@ -181,38 +178,48 @@ struct WeightPairs : WeightParts<BFloat16> {
            patch_h.shift_of(p.h, part.kh, kh) * pitch() + patch_w.shift_of(p.w, part.kw, kw);
   }
 
-  // A strip of x for one tile of lanes: [pair of pixels][width], zeros between lines. `rows` is
-  // room for a line.
+  // A strip of x for one tile of lanes: [pair of pixels][width], zeros between lines.
   DECONV_PHASE void pack_pairs(const Part& part, const Strip& strip, int64_t t, const Block& block,
-                               float* rows, float* to) const {
-    constexpr int kN = kLanes<float>;
-    typedef Vector<uint32_t> Words;
+                               float* to) const {
+    // Lines without zeros between them may be one.
+    const int64_t joined = joins_lines() && pitch() == block.length ? strip.lines : 1,
+                  length = joined * block.length, pairs = length / 2, rest = length % 2,
+                  line_pairs = joined * pitch() / 2;
+    const int64_t lanes = min_of(width, part.lanes - t * width);
     float* const end = to + pairs_of(strip.lines) * width;
-    for (int64_t l = 0; l < strip.lines; ++l) {
-      pack_x(part, strip.n, t, strip.ih + l, block.iw, block.length, rows);
-      if (block.length % 2) clear(rows + block.length * width, width);
-      for (int64_t i = 0; i < block.length; i += 2, to += width)
-        for (int64_t lane = 0; lane < width; lane += kN) {
-          const float* even = rows + i * width + lane;
-          const Words low = reinterpret_cast<Words>(load_vector(even)),
-                      high = reinterpret_cast<Words>(load_vector(even + width));
-          store_vector(to + lane, reinterpret_cast<Vector<float>>(low >> 16 | high));
-        }
-      const int64_t empty = (pitch() - round_up<int64_t>(block.length, 2)) / 2;
-      clear(to, empty * width);
-      to += empty * width;
+    if (lanes < width) clear(to, end - to);
+    const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
+    for (int64_t l = 0; l < strip.lines; l += joined, to += line_pairs * width) {
+      const BFloat16* from =
+          static_cast<const BFloat16*>(params.x.data) +
+          params.x.at(strip.n, part.group * group_in + part.ci + t * width, strip.ih + l, block.iw);
+      if (channel == 1) {
+        for (int64_t i = 0; i < pairs; ++i)
+          copy_every<1>(to + i * width, PairRows{from + 2 * i * pixel, pixel}, lanes, lanes);
+      } else if (pixel == 1 && channel % 2 == 0) {
+        transpose(reinterpret_cast<const float*>(from), channel / 2, lanes, pairs, to, width);
+      } else {
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          for (int64_t i = 0; i < pairs; ++i)
+            to[i * width + lane] =
+                convert<float>(PairRows{from + lane * channel + 2 * i * pixel, pixel}[0]);
+      }
+      clear(to + pairs * width, (line_pairs - pairs) * width);
+      if (rest > 0)
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          to[pairs * width + lane] =
+              convert<float>(ChannelPair{from[lane * channel + (length - 1) * pixel], BFloat16{}});
     }
     clear(to, end - to);
   }
 
   // The classes of dy that the pixels of a strip and the taps of the part touch, for `count` co
-  // from o on; zeros outside dy. `rows` is room for a line of each co.
+  // from o on; zeros outside dy.
   DECONV_PHASE void pack_classes(const Part& part, const Strip& strip, int64_t o, int64_t count,
-                                 int64_t iw, float* rows, BFloat16* to) const {
+                                 int64_t iw, BFloat16* to) const {
     const BFloat16* from = static_cast<const BFloat16*>(params.y.data) +
                            params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
-    const int64_t stride_co = params.y.stride[1], stride = p.w.stride * params.y.stride[3],
-                  extent = patch_w.extent, room = round_up<int64_t>(extent, kLanes<float>);
+    const int64_t extent = patch_w.extent;
     for (int64_t h = 0; h < patch_h.count; ++h)
       for (int64_t w = 0; w < patch_w.count; ++w) {
         const int64_t start = patch_w.output(p.w, iw, part.kw, w);
@@ -224,28 +231,77 @@ struct WeightPairs : WeightParts<BFloat16> {
         BFloat16* line_to = to + (h * patch_w.count + w) * class_elements();
         for (int64_t e = 0; e < patch_h.extent; ++e, line_to += pitch()) {
           const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, h) + e * p.h.stride;
-          if (oh < 0 || oh >= p.h.out || head == tail) {
-            for (int64_t co = 0; co < count; ++co) clear(line_to + co * patch_pitch(), extent);
-            continue;
-          }
-          const BFloat16* dy =
-              from + oh * params.y.stride[2] + (start + head * p.w.stride) * params.y.stride[3];
-          if (stride_co == 1) {
-            transpose(dy, stride, tail - head, count, rows + head, room);
-          } else {
-            for (int64_t co = 0; co < count; ++co)
-              copy_strided(rows + co * room + head, dy + co * stride_co, stride, tail - head);
-          }
+          const bool outside = oh < 0 || oh >= p.h.out || head == tail;
           for (int64_t co = 0; co < count; ++co) {
-            float* row = rows + co * room;
-            clear(row, head);
-            clear(row + tail, extent - tail);
-            for (int64_t i = 0; i < extent; i += kLanes<float>)
-              store_first_as<BFloat16>(line_to + co * patch_pitch() + i, load_vector(row + i),
-                                       min_of<int64_t>(kLanes<float>, extent - i));
+            BFloat16* row = line_to + co * patch_pitch();
+            clear(row, outside ? extent : head);
+            if (!outside) clear(row + tail, extent - tail);
           }
+          if (outside) continue;
+          copy_line(
+              from + oh * params.y.stride[2] + (start + head * p.w.stride) * params.y.stride[3],
+              tail - head, count, line_to + head);
         }
       }
+  }
+
+  // Every stride-th element of a line of dy, for `count` co.
+  void copy_line(const BFloat16* dy, int64_t pixels, int64_t count, BFloat16* to) const {
+    const int64_t channel = params.y.stride[1], stride = p.w.stride * params.y.stride[3];
+    int64_t done = 0;  // pixels
+    if (channel == 1) {
+      // Pairs of pixels, which are pairs of the patch too.
+      done = pixels / 2 * 2;
+      transpose(PairRows{dy, stride}, 2 * stride, done / 2, count, reinterpret_cast<float*>(to),
+                patch_pitch() / 2);
+    }
+    for (int64_t co = 0; co < count; ++co) {
+      const BFloat16* from = dy + co * channel;
+      BFloat16* row = to + co * patch_pitch();
+      switch (channel == 1 ? 0 : stride) {
+        case 1:
+          done = copy_words<1>(from, pixels, row);
+          break;
+        case 2:
+          done = copy_words<2>(from, pixels, row);
+          break;
+        case 4:
+          done = copy_words<4>(from, pixels, row);
+          break;
+        case 8:
+          done = copy_words<8>(from, pixels, row);
+          break;
+      }
+      for (int64_t i = done; i < pixels; ++i) row[i] = from[i * stride];
+    }
+  }
+
+  // to[i] = from[i * Stride], which is the lower half of a pair if there is a stride. Returns how
+  // many were copied: all, or but the last one, whose upper half may not be there.
+  template <int Stride>
+  static int64_t copy_words(const BFloat16* from, int64_t count, BFloat16* to) {
+    constexpr int64_t kN = kLanes<float>;
+    const int64_t copied = Stride <= 2 ? count : count - 1;
+    for (int64_t i = 0; i < copied; i += kN, from += kN * Stride) {
+      const int64_t some = min_of(kN, copied - i);
+      const __mmask16 mask = (1u << some) - 1;
+      __m256i words;
+      if constexpr (Stride == 1) {
+        words = _mm256_maskz_loadu_epi16(mask, from);
+      } else {
+        Vector<uint32_t> pairs;
+        if constexpr (Stride == 2) {
+          pairs = reinterpret_cast<Vector<uint32_t>>(
+              _mm512_maskz_loadu_epi16((1u << (2 * some - 1)) - 1, from));
+        } else {
+          pairs = reinterpret_cast<Vector<uint32_t>>(load_every<float, Stride / 2>(
+              reinterpret_cast<const float*>(from), (some - 1) * (Stride / 2) + 1));
+        }
+        words = reinterpret_cast<__m256i>(__builtin_convertvector(pairs, HalfWords));
+      }
+      _mm256_mask_storeu_epi16(to + i, mask, words);
+    }
+    return copied;
   }
 };
 
