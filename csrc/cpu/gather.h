@@ -133,6 +133,15 @@ struct GatherPlan {
     return rows_across ? channel_block * h.source_step * flat_residue
                        : channel_block * flat_channel;
   }
+  // Rows as lanes, source in planes: whether taps that are neighbours in a row are packed by
+  // transposed squares of taps and channels. That costs as much as element by element, but reads
+  // each line once: channels a multiple of 1024 bytes apart share so few sets of the L1 cache that
+  // the next tap would fetch the lines of all of them again.
+  bool transposes_taps() const {
+    return source.stride[3] == 1 && source.stride[1] * stored_bytes % 1024 == 0 &&
+           offsets_w.size() > 2 &&
+           offsets_w.back() - offsets_w.front() < static_cast<int64_t>(offsets_w.size());
+  }
   int64_t residues() const { return h.source_step * w.source_step; }
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
   // Where (row, phase) stands among the `rows` rows of its class.

@@ -62,8 +62,8 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
   const bool shared = static_cast<int64_t>(plan.offsets_h.size()) >= plan.h.source_step &&
                       static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
                       plan.offsets() > plan.residues();
-  // What lies otherwise in memory is transposed, for lanes without a step alone. Pairs of channels
-  // have a kernel of their own, which knows of flat lanes that lie in rows alone.
+  // What lies otherwise in memory is transposed, for lanes without a step alone. What takes several
+  // elements at a time (AMX) knows of flat lanes that lie in rows alone.
   const bool in_rows = plan.source.stride[3] == 1, together = plan.source.stride[1] == 1;
   const bool packable =
       rows_across ? plan.channel_unit == 1 && (in_rows || together)

@@ -491,6 +491,8 @@ struct GatherPixels {
           clear(row, begin * channels);
           if (contiguous) {
             copy_strided(row + begin * channels, from, 1, (end - begin) * channels);
+          } else if (plan.transposes_taps()) {
+            transpose(from, stride_c, channels, end - begin, row + begin * channels, channels);
           } else {
             for (int64_t tap = begin; tap < end; ++tap)
               copy_strided(row + tap * channels, from + (tap - begin) * stride_w, stride_c,

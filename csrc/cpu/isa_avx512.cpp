@@ -1,6 +1,6 @@
 // The CPU kernels for AVX-512, and with its dot products of bfloat16 or with AMX where a processor
-// has these too. Standard headers come
-// before the switch of target, so that nothing shared is compiled for it.
+// has these too. Standard headers come before the switch of target, so that nothing shared is
+// compiled for it.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif

@@ -38,6 +38,13 @@ inline Vector<T> load_every(P p, int64_t count) {
 
 template <class T>
 inline void clear(T* to, int64_t count) {
+  if constexpr (sizeof(T) >= 4) {
+    // The loop becomes a call of memset.
+    if (count < kLanes<T>) {
+      if (count > 0) store_first(to, Vector<T>{}, count);
+      return;
+    }
+  }
   for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 

@@ -198,35 +198,36 @@ struct WeightGemm : WeightParts<S> {
                   pitch = patch_pitch();
     // A row of a patch is one piece of dy, or one a tap.
     const int64_t pieces = patch_w.by_tap ? part.kernel_w : 1,
-                  step = patch_w.by_tap ? p.w.stride : 1, stride = step * params.y.stride[3];
+                  length = patch_w.by_tap ? line : extent, step = patch_w.by_tap ? p.w.stride : 1,
+                  stride = step * params.y.stride[3];
     // Rows that are rows of dy without a gap are one.
     const bool dense = !patch_h.by_tap && !patch_w.by_tap && extent == p.w.out &&
                        patch_w.output(p.w, iw, part.kw, line, 0) == 0 &&
                        params.y.stride[2] == p.w.out * params.y.stride[3];
-    for (int64_t eh = 0, rows; eh < patch_h.extent; eh += rows) {
-      const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
-      const bool inside = oh >= 0 && oh < p.h.out;
-      rows = dense && inside ? min_of(patch_h.extent - eh, p.h.out - oh) : 1;
-      const int64_t length = patch_w.by_tap ? line : rows * extent;
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t start = patch_w.output(p.w, iw, part.kw, line, piece * length),
-                      end = (rows - 1) * extent + p.w.out;
-        int64_t head = 0, tail = 0;
-        if (inside && start < end) {
-          tail = min_of(length, (end - 1 - start) / step + 1);
-          head = min_of(tail, start < 0 ? ceil_div(-start, step) : 0);
-        }
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t start = patch_w.output(p.w, iw, part.kw, line, piece * length);
+      int64_t head = 0, tail = 0;  // elements of the piece that dy has
+      if (start < p.w.out) {
+        tail = min_of(length, (p.w.out - 1 - start) / step + 1);
+        head = min_of(tail, start < 0 ? ceil_div(-start, step) : 0);
+      }
+      for (int64_t eh = 0, rows; eh < patch_h.extent; eh += rows) {
+        const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
+        const bool inside = head < tail && oh >= 0 && oh < p.h.out;
+        rows = dense && inside ? min_of(patch_h.extent - eh, p.h.out - oh) : 1;
+        const int64_t more = (rows - 1) * extent, first = inside ? head : 0,
+                      last = inside ? tail + more : 0;
         T* row = to + eh * extent + piece * length;
         for (int64_t co = 0; co < count; ++co) {
-          clear(row + co * pitch, head);
-          clear(row + co * pitch + tail, length - tail);
+          clear(row + co * pitch, first);
+          clear(row + co * pitch + last, length + more - last);
         }
-        if (head == tail) continue;
+        if (!inside) continue;
         const S* dy = from + oh * params.y.stride[2] + start * params.y.stride[3] + head * stride;
         if (count > 1) {
-          transpose(dy, stride, tail - head, count, row + head, pitch);
+          transpose(dy, stride, last - first, count, row + first, pitch);
         } else {
-          copy_strided(row + head, dy, stride, tail - head);
+          copy_strided(row + first, dy, stride, last - first);
         }
       }
     }

@@ -65,7 +65,6 @@ bool pairs_take_weight(const Params& params) {
 template <class Format>
 struct WeightPairs : WeightParts<BFloat16> {
   PairWeightTile tile;
-  int64_t tile_rows;
   PatchClasses patch_h, patch_w;
 
   explicit WeightPairs(const Params& given) : WeightParts(given) {
@@ -79,18 +78,17 @@ struct WeightPairs : WeightParts<BFloat16> {
       least = cycles;
       tile = t;
     }
-    tile_rows = tile.rows;
     taps_outer = true;
     choose_lanes(tile.vectors * kLanes<float>);
-    choose_chunks(tile_rows, 0);
+    choose_chunks(tile.rows, 0);
     constexpr int64_t kPatches = kPatchBytes / sizeof(BFloat16);
     choose_lines(kBlockPixels, [&] {
       patch_h = PatchClasses::make(p.h, min_of(lines, p.h.in), kernel_h);
       patch_w = PatchClasses::make(p.w, line, kernel_w);
-      return patch_pitch() * tile_rows <= kPatches;
+      return patch_pitch() * tile.rows <= kPatches;
     });
     patch_outputs =
-        min_of(outputs, max_of<int64_t>(1, kPatches / (patch_pitch() * tile_rows)) * tile_rows);
+        min_of(outputs, max_of<int64_t>(1, kPatches / (patch_pitch() * tile.rows)) * tile.rows);
     patch_rows = patch_outputs * kernel_h * kernel_w;
   }
 
@@ -151,7 +149,7 @@ struct WeightPairs : WeightParts<BFloat16> {
           float* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
           for (int64_t kh = 0; kh < part.kernel_h; ++kh)
             for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              for (int64_t co = 0; co < count; co += tile_rows) {
+              for (int64_t co = 0; co < count; co += tile.rows) {
                 const int64_t row = row_of(part, co, kh, kw) * lane_tiles * width;
                 for (int64_t t = 0; t * width < part.lanes; ++t) {
                   const BFloat16* a = patches + co * patch_pitch() + place_of(part, kh, kw);
