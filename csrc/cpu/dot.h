@@ -23,6 +23,9 @@ struct DotProduct {
   }
 };
 
+#ifdef DECONV_EMULATED
+inline bool dot_products_win() { return true; }
+#else
 // The least cycles, of some trials, that so many steps of independent sums take.
 template <class Multiply>
 DECONV_PHASE uint64_t dot_trial_cycles() {
@@ -45,6 +48,7 @@ DECONV_PHASE uint64_t dot_trial_cycles() {
 inline bool dot_products_win() {
   return 2 * dot_trial_cycles<MultiplyAdd>() > 1.3 * dot_trial_cycles<DotProduct>();
 }
+#endif
 
 template <int RM, int RN>
 constexpr Tile<float> make_dot_tile() {
