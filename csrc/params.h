@@ -40,6 +40,11 @@ struct Params {
   double negative_slope;  // of kLeakyRelu
 };
 
+// Elements of what forward or grad_input writes.
+inline int64_t result_elements(Op op, const Problem& p) {
+  return p.batch * (op == Op::kForward ? p.c_out * p.h.out * p.w.out : p.c_in * p.h.in * p.w.in);
+}
+
 // db[c] = sum of dy[n, c, h, w] over n, h, w
 struct GradBiasParams {
   int64_t batch, c_out, out_h, out_w;

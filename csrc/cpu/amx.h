@@ -146,18 +146,6 @@ void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task
 }
 
 template <int RM, int RN>
-constexpr Tile<float> make_amx_tile() {
-  return {RM * static_cast<int>(kAmxSide),
-          RN,
-          multiply_amx_tiles<RM, RN>,
-          multiply_amx_tiles<RM, RN>,
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
-}
-
-template <int RM, int RN>
 void multiply_amx_strips(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
                          int64_t pitch, bool accumulate) {
   using Product = AmxProduct<RM, RN>;
@@ -167,16 +155,18 @@ void multiply_amx_strips(const PairStrip* strips, int64_t count, int64_t pitch_a
   Product::end(c, pitch);
 }
 
+template <int RM, int RN>
+constexpr PairTile make_amx_tile() {
+  return make_pair_tile(RM * static_cast<int>(kAmxSide), RN, multiply_amx_tiles<RM, RN>,
+                        multiply_amx_tiles<RM, RN>, multiply_amx_strips<RM, RN>);
+}
+
 // How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
 struct Amx {
   using Session = AmxSession;
   static constexpr int64_t kUnit = kAmxSide;  // pairs at a time
-  static constexpr Tile<float> kTiles[] = {make_amx_tile<2, 2>(), make_amx_tile<1, 4>(),
-                                           make_amx_tile<4, 1>(), make_amx_tile<1, 1>()};
-  static constexpr PairWeightTile kWeightTiles[] = {{32, 2, multiply_amx_strips<2, 2>},
-                                                    {16, 4, multiply_amx_strips<1, 4>},
-                                                    {64, 1, multiply_amx_strips<4, 1>},
-                                                    {16, 1, multiply_amx_strips<1, 1>}};
+  static constexpr PairTile kTiles[] = {make_amx_tile<2, 2>(), make_amx_tile<1, 4>(),
+                                        make_amx_tile<4, 1>(), make_amx_tile<1, 1>()};
 
   // A multiplication takes 16 cycles for 16 pairs, a load 8.
   static double cycles_per_step(int rows, int vectors) {

@@ -283,8 +283,7 @@ void depthwise(Op op, const Params& params, int threads) {
                    : T(0);
   const AxisPlan axis_h = plan_axis(op, p.h), axis_w = plan_axis(op, p.w);
   const bool streams = p.c_in % kLanes<T> == 0 &&
-                       outgrows_caches(p.batch * p.c_in * axis_h.target_size * axis_w.target_size *
-                                       static_cast<int64_t>(sizeof(S)));
+                       outgrows_caches(result_elements(op, p) * static_cast<int64_t>(sizeof(S)));
   const Depthwise<S> kernel{params, axis_h, axis_w, packed, streams};
   kernel.pack_weights();
   // Neighbouring rows read much of the same.

@@ -36,8 +36,7 @@ struct Direct {
   int64_t row_elements = plan.row_elements();
   int64_t pitch = plan.h.source_step * row_elements;  // from one position along h to the next
   bool in_place = writes_in_place();
-  bool streams = outgrows_caches(p.batch * plan.groups * plan.rows * plan.h.target_size *
-                                 plan.w.target_size * static_cast<int64_t>(sizeof(S)));
+  bool streams = outgrows_caches(result_elements(op, p) * static_cast<int64_t>(sizeof(S)));
 
   // What a task works with.
   struct Scratch {

@@ -51,18 +51,6 @@ inline bool dot_products_win() {
 #endif
 
 template <int RM, int RN>
-constexpr Tile<float> make_dot_tile() {
-  return {RM,
-          RN,
-          multiply_tiles<float, RM, RN, Steps::kContiguousA, 1, DotProduct>,
-          multiply_tiles<float, RM, RN, Steps::kPanelA, 1, DotProduct>,
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
-}
-
-template <int RM, int RN>
 void multiply_dot_strips(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
                          int64_t pitch, bool accumulate) {
   constexpr int kN = kLanes<float>;
@@ -80,17 +68,20 @@ void multiply_dot_strips(const PairStrip* strips, int64_t count, int64_t pitch_a
   unroll<RM * RN>([&](auto i) DECONV_INLINED { store_vector(place(i), sum[i]); });
 }
 
+template <int RM, int RN>
+constexpr PairTile make_dot_tile() {
+  return make_pair_tile(RM, RN, multiply_tiles<float, RM, RN, Steps::kContiguousA, 1, DotProduct>,
+                        multiply_tiles<float, RM, RN, Steps::kPanelA, 1, DotProduct>,
+                        multiply_dot_strips<RM, RN>);
+}
+
 // How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
 struct Dot {
-  struct Session {};
+  using Session = NoSession;
   static constexpr int64_t kUnit = 1;
-  static constexpr Tile<float> kTiles[] = {make_dot_tile<8, 3>(), make_dot_tile<6, 4>(),
-                                           make_dot_tile<9, 3>(), make_dot_tile<4, 4>(),
-                                           make_dot_tile<8, 2>(), make_dot_tile<8, 1>()};
-  static constexpr PairWeightTile kWeightTiles[] = {
-      {8, 3, multiply_dot_strips<8, 3>}, {6, 4, multiply_dot_strips<6, 4>},
-      {9, 3, multiply_dot_strips<9, 3>}, {4, 4, multiply_dot_strips<4, 4>},
-      {8, 2, multiply_dot_strips<8, 2>}, {8, 1, multiply_dot_strips<8, 1>}};
+  static constexpr PairTile kTiles[] = {make_dot_tile<8, 3>(), make_dot_tile<6, 4>(),
+                                        make_dot_tile<9, 3>(), make_dot_tile<4, 4>(),
+                                        make_dot_tile<8, 2>(), make_dot_tile<8, 1>()};
 
   static double cycles_per_step(int rows, int vectors) {
     return cpu::cycles_per_step(rows, vectors);
@@ -101,7 +92,7 @@ struct Dot {
   static bool takes_weight(int64_t rows, int64_t lanes) {
     constexpr double kPacking = 1.2;  // pairs take more of it
     double pairs = 0, numbers = 0;    // cycles
-    for (const PairWeightTile& t : kWeightTiles) {
+    for (const auto& [t, multiply_strips] : kTiles) {
       const double row = cycles_per_step(t.rows, t.vectors) *
                          static_cast<double>(ceil_div(lanes, t.vectors * kLanes<float>));
       const double of_pairs = row * static_cast<double>(ceil_div(rows, t.rows)) / 2,

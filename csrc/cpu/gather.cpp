@@ -337,8 +337,7 @@ GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int 
   plan.target_in_turns = layout.in_turns && !plan.batch_innermost;
   plan.target_in_place = writes_in_place(plan);
   plan.pixels_stay = pixels_stay(plan, element_bytes);
-  plan.streams = outgrows_caches(plan.batch * plan.groups * plan.rows * plan.h.target *
-                                 plan.w.target * plan.stored_bytes);
+  plan.streams = outgrows_caches(result_elements(op, params.problem) * plan.stored_bytes);
   return plan;
 }
 

@@ -363,9 +363,6 @@ void run_gather(const Gemm& gemm, int threads) {
   parallel_for(gemm.tasks(), threads, [&](int64_t task) { gemm.run(task); });
 }
 
-// Multiplication in registers needs nothing.
-struct NoSession {};
-
 // Calls f(tiles, their number, format of the panels).
 template <class S, class F>
 auto with_float_tiles(const F& f) {

@@ -28,7 +28,7 @@ void gather_pairs(Op op, const Params& params, int threads) {
   constexpr int kTiles = sizeof(Format::kTiles) / sizeof(Format::kTiles[0]);
   TileShape shapes[kTiles];
   for (int i = 0; i < kTiles; ++i) {
-    const Tile<float>& tile = Format::kTiles[i];
+    const Tile<float>& tile = Format::kTiles[i].tile;
     shapes[i] = {tile.rows, tile.vectors * kLanes<float>,
                  Format::cycles_per_step(tile.rows, tile.vectors)};
   }
@@ -49,7 +49,12 @@ void gather_pairs(Op op, const Params& params, int threads) {
       run_gather(
           GatherGemm<float, GatherPixels<float, decltype(x)>, GatherWeights<float, decltype(w)>,
                      GatherStore<BFloat16>, typename Format::Session>{
-              plan, Format::kTiles[plan.tile], kAllAtOnce, {plan, w, packed}, {plan, x}, {plan}},
+              plan,
+              Format::kTiles[plan.tile].tile,
+              kAllAtOnce,
+              {plan, w, packed},
+              {plan, x},
+              {plan}},
           threads);
     });
   });

@@ -472,7 +472,8 @@ struct GatherPixels {
     const int64_t count_w = plan.offsets_w.size(), stride_c = plan.source.stride[1],
                   stride_w = plan.source.stride[3];
     const bool consecutive = plan.offsets_w[count_w - 1] - plan.offsets_w[0] == count_w - 1;
-    const bool contiguous = stride_c == 1 && stride_w == channels;
+    const bool contiguous = stride_c == 1 && stride_w == channels,
+               transposed = plan.transposes_taps();
     for (int64_t u = 0; u < offsets; ++u) present[u] = false;
     for (int64_t u = 0, length; u < offsets; u += length) {
       const int64_t first_w = (u0 + u) % count_w, offset_h = plan.offsets_h[(u0 + u) / count_w];
@@ -491,7 +492,7 @@ struct GatherPixels {
           clear(row, begin * channels);
           if (contiguous) {
             copy_strided(row + begin * channels, from, 1, (end - begin) * channels);
-          } else if (plan.transposes_taps()) {
+          } else if (transposed) {
             transpose(from, stride_c, channels, end - begin, row + begin * channels, channels);
           } else {
             for (int64_t tap = begin; tap < end; ++tap)

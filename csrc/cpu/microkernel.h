@@ -86,6 +86,9 @@ struct MultiplyAdd {
   }
 };
 
+// What a thread must hold while it multiplies in vector registers: nothing.
+struct NoSession {};
+
 // sum += A * B of one segment; `distance` in bytes, or else an index would be computed each step
 template <class T, int RM, int RN, Steps steps, class Multiply>
 DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, int64_t* distance,

@@ -17,12 +17,19 @@ struct PairStrip {
   int64_t pairs;
 };
 
-// Rows times vectors of lanes; rows of A are pitch_a apart.
-struct PairWeightTile {
-  int rows, vectors;
-  void (*multiply)(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c, int64_t pitch,
-                   bool accumulate);
+// A tile of both products. Of strips, rows of A are pitch_a apart.
+struct PairTile {
+  Tile<float> tile;
+  void (*multiply_strips)(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
+                          int64_t pitch, bool accumulate);
 };
+
+constexpr PairTile make_pair_tile(int rows, int vectors, MultiplyTiles<float> contiguous_a,
+                                  MultiplyTiles<float> panel_a,
+                                  decltype(PairTile::multiply_strips) multiply_strips) {
+  return {{rows, vectors, contiguous_a, panel_a, nullptr, nullptr, nullptr, nullptr},
+          multiply_strips};
+}
 
 }  // namespace DECONV_ISA
 }  // namespace cpu

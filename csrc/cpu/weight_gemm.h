@@ -185,8 +185,7 @@ struct WeightGemm : WeightParts<S> {
   // from o on; zeros outside dy. Planes of dy one after the other, unless channels lie together.
   DECONV_PHASE void pack_patch(const Part& part, const Strip& strip, int64_t o, int64_t count,
                                int64_t iw, T* to) const {
-    const S* from = static_cast<const S*>(params.y.data) +
-                    params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
+    const S* from = this->dy_plane(part, strip.n, o);
     const int64_t together = params.y.stride[1] == 1 ? count : 1;
     for (int64_t co = 0; co < count; co += together)
       pack_together(part, strip, together, iw, from + co * params.y.stride[1],
@@ -206,11 +205,7 @@ struct WeightGemm : WeightParts<S> {
                        params.y.stride[2] == p.w.out * params.y.stride[3];
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t start = patch_w.output(p.w, iw, part.kw, line, piece * length);
-      int64_t head = 0, tail = 0;  // elements of the piece that dy has
-      if (start < p.w.out) {
-        tail = min_of(length, (p.w.out - 1 - start) / step + 1);
-        head = min_of(tail, start < 0 ? ceil_div(-start, step) : 0);
-      }
+      const auto [head, tail] = this->inside_dy(start, length, step);
       for (int64_t eh = 0, rows; eh < patch_h.extent; eh += rows) {
         const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, strip_lines, eh);
         const bool inside = head < tail && oh >= 0 && oh < p.h.out;

@@ -64,19 +64,21 @@ bool pairs_take_weight(const Params& params) {
 
 template <class Format>
 struct WeightPairs : WeightParts<BFloat16> {
-  PairWeightTile tile;
+  Tile<float> tile;
+  decltype(PairTile::multiply_strips) multiply_strips;
   PatchClasses patch_h, patch_w;
 
   explicit WeightPairs(const Params& given) : WeightParts(given) {
     double least = 0;
-    for (const PairWeightTile& t : Format::kWeightTiles) {
-      const int64_t rows = ceil_div(group_out, t.rows),
-                    lanes = ceil_div(group_in, t.vectors * kLanes<float>);
+    for (const PairTile& t : Format::kTiles) {
+      const int64_t rows = ceil_div(group_out, t.tile.rows),
+                    lanes = ceil_div(group_in, t.tile.vectors * kLanes<float>);
       const double cycles =
-          Format::cycles_per_step(t.rows, t.vectors) * static_cast<double>(rows * lanes);
+          Format::cycles_per_step(t.tile.rows, t.tile.vectors) * static_cast<double>(rows * lanes);
       if (least != 0 && cycles >= least) continue;
       least = cycles;
-      tile = t;
+      tile = t.tile;
+      multiply_strips = t.multiply_strips;
     }
     taps_outer = true;
     choose_lanes(tile.vectors * kLanes<float>);
@@ -159,8 +161,8 @@ struct WeightPairs : WeightParts<BFloat16> {
                     operands[s] = {a + s * strip_elements(), b, pairs};
                     b += pairs * width;
                   }
-                  tile.multiply(operands, block.strips, patch_pitch(), block_sums + row + t * width,
-                                lane_tiles * width, index > begin);
+                  multiply_strips(operands, block.strips, patch_pitch(),
+                                  block_sums + row + t * width, lane_tiles * width, index > begin);
                 }
               }
         });
@@ -188,9 +190,7 @@ struct WeightPairs : WeightParts<BFloat16> {
     if (lanes < width) clear(to, end - to);
     const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
     for (int64_t l = 0; l < strip.lines; l += joined, to += line_pairs * width) {
-      const BFloat16* from =
-          static_cast<const BFloat16*>(params.x.data) +
-          params.x.at(strip.n, part.group * group_in + part.ci + t * width, strip.ih + l, block.iw);
+      const BFloat16* from = x_line(part, strip.n, t, strip.ih + l, block.iw);
       if (channel == 1) {
         for (int64_t i = 0; i < pairs; ++i)
           copy_every<1>(to + i * width, PairRows{from + 2 * i * pixel, pixel}, lanes, lanes);
@@ -215,17 +215,12 @@ struct WeightPairs : WeightParts<BFloat16> {
   // from o on; zeros outside dy.
   DECONV_PHASE void pack_classes(const Part& part, const Strip& strip, int64_t o, int64_t count,
                                  int64_t iw, BFloat16* to) const {
-    const BFloat16* from = static_cast<const BFloat16*>(params.y.data) +
-                           params.y.at(strip.n, part.group * group_out + part.co + o, 0, 0);
+    const BFloat16* from = dy_plane(part, strip.n, o);
     const int64_t extent = patch_w.extent;
     for (int64_t h = 0; h < patch_h.count; ++h)
       for (int64_t w = 0; w < patch_w.count; ++w) {
         const int64_t start = patch_w.output(p.w, iw, part.kw, w);
-        int64_t head = 0, tail = 0;  // elements of a line that dy has
-        if (start < p.w.out) {
-          tail = min_of(extent, (p.w.out - 1 - start) / p.w.stride + 1);
-          head = min_of(tail, start < 0 ? ceil_div(-start, p.w.stride) : 0);
-        }
+        const auto [head, tail] = inside_dy(start, extent, p.w.stride);
         BFloat16* line_to = to + (h * patch_w.count + w) * class_elements();
         for (int64_t e = 0; e < patch_h.extent; ++e, line_to += pitch()) {
           const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, h) + e * p.h.stride;

@@ -148,6 +148,24 @@ struct WeightParts {
     return {iw, min_of(line, p.w.in - iw), strip_count};
   }
 
+  // Pixel iw of a line of x, for the first channel of a tile of lanes.
+  const S* x_line(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw) const {
+    return static_cast<const S*>(params.x.data) +
+           params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
+  }
+  // The o-th co of a part.
+  const S* dy_plane(const Part& part, int64_t n, int64_t o) const {
+    return static_cast<const S*>(params.y.data) +
+           params.y.at(n, part.group * group_out + part.co + o, 0, 0);
+  }
+  // Which of `length` elements of a line of dy, the first at `start` and each `step` behind the one
+  // before, dy has.
+  Range inside_dy(int64_t start, int64_t length, int64_t step) const {
+    if (start >= p.w.out) return {0, 0};
+    const int64_t end = min_of(length, (p.w.out - 1 - start) / step + 1);
+    return {min_of(end, start < 0 ? ceil_div(-start, step) : 0), end};
+  }
+
   // Whether the lines of a strip follow each other in x without a gap.
   bool joins_lines() const {
     return line == p.w.in && params.x.stride[2] == p.w.in * params.x.stride[3];
@@ -158,8 +176,7 @@ struct WeightParts {
   DECONV_PHASE void pack_x(const Part& part, int64_t n, int64_t t, int64_t ih, int64_t iw,
                            int64_t length, T* to) const {
     const int64_t lanes = min_of(width, part.lanes - t * width);
-    const S* from = static_cast<const S*>(params.x.data) +
-                    params.x.at(n, part.group * group_in + part.ci + t * width, ih, iw);
+    const S* from = x_line(part, n, t, ih, iw);
     const int64_t channel = params.x.stride[1], pixel = params.x.stride[3];
     if (lanes < width) clear(to, length * width);
     if (channel == 1) {
