@@ -157,8 +157,10 @@ void multiply_amx_strips(const PairStrip* strips, int64_t count, int64_t pitch_a
 
 template <int RM, int RN>
 constexpr PairTile make_amx_tile() {
-  return make_pair_tile(RM * static_cast<int>(kAmxSide), RN, multiply_amx_tiles<RM, RN>,
-                        multiply_amx_tiles<RM, RN>, multiply_amx_strips<RM, RN>);
+  const auto multiply = multiply_amx_tiles<RM, RN>;
+  return {{RM * static_cast<int>(kAmxSide), RN, multiply, multiply, nullptr, nullptr, nullptr,
+           nullptr, nullptr},
+          multiply_amx_strips<RM, RN>};
 }
 
 // How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
@@ -174,6 +176,7 @@ struct Amx {
     return max_of<double>(rm * vectors, 0.5 * (rm + vectors)) + 0.25 * vectors;
   }
   // Nothing else reads a part of a tile of pairs.
+  static constexpr bool kTakesTaps = false, kRounds = false;
   static bool takes(int64_t channels) { return channels % (2 * kAmxSide) == 0; }
   // Where a quarter of the tiles is filled, or more: multiply-adds take eight times as long.
   static bool takes_weight(int64_t rows, int64_t lanes) {

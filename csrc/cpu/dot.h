@@ -70,9 +70,11 @@ void multiply_dot_strips(const PairStrip* strips, int64_t count, int64_t pitch_a
 
 template <int RM, int RN>
 constexpr PairTile make_dot_tile() {
-  return make_pair_tile(RM, RN, multiply_tiles<float, RM, RN, Steps::kContiguousA, 1, DotProduct>,
-                        multiply_tiles<float, RM, RN, Steps::kPanelA, 1, DotProduct>,
-                        multiply_dot_strips<RM, RN>);
+  return {{RM, RN, multiply_tiles<float, RM, RN, Steps::kContiguousA, 1, DotProduct>,
+           multiply_tiles<float, RM, RN, Steps::kPanelA, 1, DotProduct>, nullptr, nullptr, nullptr,
+           multiply_tiles<float, RM, RN, Steps::kContiguousA, 1, DotProduct, BFloat16>,
+           multiply_short_by<float, RN, DotProduct, BFloat16>},
+          multiply_dot_strips<RM, RN>};
 }
 
 // How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
@@ -86,6 +88,7 @@ struct Dot {
   static double cycles_per_step(int rows, int vectors) {
     return cpu::cycles_per_step(rows, vectors);
   }
+  static constexpr bool kTakesTaps = true, kRounds = true;
   static bool takes(int64_t channels) { return channels % 2 == 0; }
   // Rows of a tile are channels of dy there; without pairs they are channels and taps, which leave
   // none of them empty.

@@ -21,12 +21,16 @@ constexpr BlockLimits kLimits{kPanelBytes, 256 << 10, kLeastChannels, 256};
 // beyond the bound above, up to as many times; they are written once and read once.
 constexpr int64_t kLeastRun = 32;
 
+void sort_once(std::vector<int64_t>& values) {
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+}
+
 std::vector<int64_t> union_of_offsets(const AxisTaps& axis) {
   std::vector<int64_t> all;
   for (const PhaseClass& c : axis.classes)
     all.insert(all.end(), c.offsets.begin(), c.offsets.end());
-  std::sort(all.begin(), all.end());
-  all.erase(std::unique(all.begin(), all.end()), all.end());
+  sort_once(all);
   return all;
 }
 
@@ -36,7 +40,8 @@ int64_t index_of(const std::vector<int64_t>& sorted, int64_t value) {
 
 // Counts channels in pairs. Where those of a pair lie next to each other, and pairs are aligned, a
 // pair is an element.
-void pair_channels(GatherPlan& plan, int64_t pair) {
+void pair_channels(GatherPlan& plan) {
+  constexpr int64_t pair = 2;
   const Problem& p = plan.params.problem;
   const auto count = [&](const void* data, int64_t& channel,
                          std::initializer_list<std::pair<int64_t*, int64_t>> others) {
@@ -59,8 +64,37 @@ void pair_channels(GatherPlan& plan, int64_t pair) {
                              {&w.row, plan.rows},
                              {&w.kernel_h, p.h.kernel},
                              {&w.kernel_w, p.w.kernel}});
-  plan.target_as_is = false;
   plan.channels /= pair;
+}
+
+// Counts the taps of h in pairs: the first and the second of each phase, the third and the fourth.
+void pair_taps(GatherPlan& plan) {
+  const Problem& p = plan.params.problem;
+  const bool forward = plan.op == Op::kForward;
+  plan.rows_apart = forward ? 1 : p.h.dilation;
+  plan.h.source += plan.rows_apart;
+  for (PhaseClass& c : plan.h.classes) {
+    const std::vector<int64_t> offsets = std::exchange(c.offsets, {}), k = std::exchange(c.k, {});
+    for (size_t i = 0; i < offsets.size(); i += 2)
+      c.offsets.push_back(offsets[i] + plan.rows_apart);
+    for (size_t phase = 0; phase < static_cast<size_t>(c.phases); ++phase)
+      for (size_t i = 0; i < offsets.size(); i += 2) {
+        const int64_t* pair = &k[phase * offsets.size() + i];
+        const std::pair<int64_t, int64_t> taps{pair[0], i + 1 < offsets.size() ? pair[1] : -1};
+        const bool any = taps.first >= 0 || taps.second >= 0;
+        c.k.push_back(any ? static_cast<int64_t>(plan.tap_pairs.size()) : -1);
+        if (any) plan.tap_pairs.push_back(taps);
+        plan.padded_weights |= taps.first < 0 || taps.second < 0;
+      }
+  }
+  plan.kernel_h = static_cast<int64_t>(plan.tap_pairs.size());
+  const int64_t kernel = plan.kernel_h * p.w.kernel, filters = p.c_out / p.groups * kernel;
+  plan.weight = {nullptr,
+                 p.c_in / p.groups * filters,
+                 forward ? filters : kernel,
+                 forward ? kernel : filters,
+                 p.w.kernel,
+                 1};
 }
 
 }  // namespace
@@ -96,9 +130,13 @@ GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, b
   }
   if (plan.channels * plan.groups == 1)
     plan.source.stride[1] = 1;  // never used; says that channels are contiguous
-  plan.source_as_is = plan.target_as_is = plan.weight_as_is =
-      format.stored_bytes == format.element_bytes;
-  if (format.channels > 1) pair_channels(plan, format.channels);
+  plan.target_as_is = format.stored_bytes == format.element_bytes;
+  plan.source_as_is = plan.target_as_is;
+  plan.weight_as_is = plan.target_as_is || format.pairs == Pairs::kTaps;
+  plan.rounds = !plan.target_as_is && format.rounds;
+  plan.kernel_h = p.h.kernel;
+  if (format.pairs == Pairs::kChannels) pair_channels(plan);
+  if (format.pairs == Pairs::kTaps) pair_taps(plan);
   list_offsets(plan);
   return plan;
 }
@@ -106,6 +144,10 @@ GatherPlan make_gather(Op op, const Params& params, const PanelFormat& format, b
 void list_offsets(GatherPlan& plan) {
   plan.offsets_h = union_of_offsets(plan.h);
   plan.offsets_w = union_of_offsets(plan.w);
+  plan.residues_h.clear();
+  for (int64_t offset : plan.offsets_h)
+    plan.residues_h.push_back((offset - plan.offsets_h.front()) % plan.h.source_step);
+  sort_once(plan.residues_h);
 }
 
 bool lacks_taps(const PhaseClass& axis) {
@@ -245,8 +287,8 @@ void lay_out_flat(GatherPlan& plan, int64_t element_bytes) {
   for (int64_t h : plan.offsets_h)
     for (int64_t w : plan.offsets_w) {
       const int64_t from_h = h - plan.offsets_h.front(), from_w = w - plan.offsets_w.front();
-      const int64_t position = from_h / step_h * pitch + from_w / step_w, rh = from_h % step_h,
-                    rw = from_w % step_w;
+      const int64_t position = from_h / step_h * pitch + from_w / step_w,
+                    rh = index_of(plan.residues_h, from_h % step_h), rw = from_w % step_w;
       plan.flat_at.push_back(plan.rows_across ? rh * plan.flat_residue + position * step_w + rw
                                               : (rh * step_w + rw) * plan.flat_residue + position);
     }
@@ -272,8 +314,10 @@ bool reads_in_place(const GatherPlan& plan, int64_t element_bytes) {
 // those of the other phases, and the bias be a vector too. Invented NaNs cannot be repaired there,
 // so no weight may be padding; nor is there an activation.
 bool writes_in_place(const GatherPlan& plan) {
-  if (!plan.target_as_is || plan.batch_innermost) return false;
-  if (plan.params.activation != Activation::kNone) return false;
+  if (plan.batch_innermost || plan.params.activation != Activation::kNone) return false;
+  // What is rounded is a whole sum.
+  const bool whole = plan.channel_block >= plan.channels && plan.offset_block >= plan.offsets();
+  if (!plan.target_as_is && !(plan.rounds && plan.rows_across && whole)) return false;
   if (plan.rows_across)
     return plan.target.stride[1] == 1 && plan.rows_by_phase && !plan.padded_weights &&
            plan.rows % plan.row_width == 0 && plan.row_chunk % plan.row_width == 0;

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "../params.h"
@@ -42,13 +43,18 @@ struct TileShape {
   double cycles;    // of a step, by the model
 };
 
+// Of what an element of the panels is a pair: nothing, two neighbouring channels, or two taps one
+// below the other, where channels are odd in number.
+enum class Pairs { kNone, kChannels, kTaps };
+
 // What the product multiplies.
 struct PanelFormat {
-  int stored_bytes;      // of an element in memory
-  int element_bytes;     // of an element of the panels
-  int lanes;             // of a vector
-  int channels;          // in an element of the panels: two, if it multiplies pairs
+  int stored_bytes;   // of an element in memory
+  int element_bytes;  // of an element of the panels
+  int lanes;          // of a vector
+  Pairs pairs;
   int64_t channel_unit;  // elements that it takes at a time
+  bool rounds;           // can write sums to the target, rounded, where rows are lanes
 };
 
 // A model of one step of a register tile: two multiply-adds and two loads a cycle, a little for
@@ -74,11 +80,20 @@ struct GatherPlan {
   // Elements of source, target and weight in memory are those of the panels. Strides of pairs are
   // in pairs then, else in elements.
   bool source_as_is, target_as_is, weight_as_is;
+  bool rounds;  // elements of the target are not, but the product can write them
   AxisTaps h, w;
+
+  // Where taps are paired, row ih of the source stands for two rows: ih - rows_apart and ih, of
+  // which one may lie outside. So do the rows of kernels: for those in tap_pairs, where -1 is none.
+  // Weights are such pairs already, in dense [c_in][c_out / groups][pair][kernel_w].
+  int64_t rows_apart;  // 0 where they are not paired
+  std::vector<std::pair<int64_t, int64_t>> tap_pairs;
+  int64_t kernel_h;  // rows of kernels, or pairs of them
 
   // Every source offset that some class uses: the panel of packed pixels holds one shifted copy for
   // each.
   std::vector<int64_t> offsets_h, offsets_w;
+  std::vector<int64_t> residues_h;  // that those of h have modulo the step, counted from the first
   std::vector<int64_t>
       source_at;  // [offsets_h][offsets_w] elements from a pixel to the source at that offset
   std::vector<GatherClass> classes;
@@ -130,7 +145,7 @@ struct GatherPlan {
     return rows_across ? block_channels * w.source_step : 1;
   }
   int64_t flat_elements() const {
-    return rows_across ? channel_block * h.source_step * flat_residue
+    return rows_across ? channel_block * count_residues_h() * flat_residue
                        : channel_block * flat_channel;
   }
   // Rows as lanes, source in planes: whether taps that are neighbours in a row are packed by
@@ -142,7 +157,8 @@ struct GatherPlan {
            offsets_w.size() > 2 &&
            offsets_w.back() - offsets_w.front() < static_cast<int64_t>(offsets_w.size());
   }
-  int64_t residues() const { return h.source_step * w.source_step; }
+  int64_t count_residues_h() const { return static_cast<int64_t>(residues_h.size()); }
+  int64_t residues() const { return count_residues_h() * w.source_step; }
   int64_t offsets() const { return static_cast<int64_t>(offsets_h.size() * offsets_w.size()); }
   // Where (row, phase) stands among the `rows` rows of its class.
   int64_t row_of(const PhaseClass& class_h, const PhaseClass& class_w, int64_t rows, int64_t row,

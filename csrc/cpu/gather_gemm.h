@@ -43,12 +43,15 @@ struct GatherGemm {
   // Tiles multiplied in one call.
   static constexpr int64_t kTilesAtOnce = 16;
 
+  // Its elements are not always T.
+  T* in_target(int64_t element) const {
+    return reinterpret_cast<T*>(static_cast<char*>(plan.target.data) + element * plan.stored_bytes);
+  }
   // Where a tile of rows goes in the target, for pixels whose first element is at zero. `lines` is
   // room for those of the tile, where phases take turns.
   TileTarget<T> in_target(const GatherClass& g, int64_t group, int64_t chunk, int64_t rows,
                           int64_t row, const T* bias, LinePlace<T>* lines) const {
     const PhaseClass &h = plan.h.classes[g.h], &w = plan.w.classes[g.w];
-    T* const data = static_cast<T*>(plan.target.data);
     const auto element = [&](int64_t of_chunk, int64_t rh, int64_t rw) {
       return plan.target.at(0, group * plan.rows + chunk * plan.row_chunk + of_chunk,
                             h.first_phase + rh, w.first_phase + rw);
@@ -60,19 +63,19 @@ struct GatherGemm {
         const int64_t of_chunk = (first + i) / h.phases, rh = (first + i) % h.phases;
         lines[i] = {element(of_chunk, rh, 0), bias ? bias[of_chunk] : T(0)};
       }
-      TileTarget<T> to{data, {}, count, false, {}};
+      TileTarget<T> to{in_target(0), {}, count, false, {}};
       to.lines = lines;
       return to;
     }
     if (!plan.rows_across)
-      return {data + element(row, 0, 0),
+      return {in_target(element(row, 0, 0)),
               {plan.target.stride[1]},
               min_of<int64_t>(tile.rows, rows - row),
               false,
               {nullptr}};
     // Vectors of rows lie within one phase.
     const int64_t phase = row / rows, first = row - phase * rows;
-    return {data + element(first, phase / w.phases, phase % w.phases),
+    return {in_target(element(first, phase / w.phases, phase % w.phases)),
             {plan.w.target_step * plan.target.stride[3]},
             tile.rows,
             false,
@@ -92,9 +95,11 @@ struct GatherGemm {
     const int64_t rows = min_of(plan.row_chunk, plan.rows - chunk * plan.row_chunk);
     const int64_t panel_pitch = plan.flat ? plan.pixel_width * plan.flat_position(channels)
                                           : plan.tile_pitch(channels, offsets, sizeof(T));
-    const MultiplyTiles<T> multiply_tiles = plan.rows_across ? tile.contiguous_a : tile.panel_a;
-    const MultiplyTiles<T> multiply_in_turns =
-        plan.w.target_step == 2 ? tile.panel_a_by_2 : tile.panel_a_by_4;
+    const MultiplyTiles<T> to_sums = plan.rows_across ? tile.contiguous_a : tile.panel_a,
+                           to_target = plan.rows_across          ? tile.contiguous_a_to_target
+                                       : !plan.target_in_turns   ? tile.panel_a
+                                       : plan.w.target_step == 2 ? tile.panel_a_by_2
+                                                                 : tile.panel_a_by_4;
     int64_t* in_place_offsets = row_offsets + tile.rows;
     for (int m = 0; m < tile.rows; ++m) {
       row_offsets[m] = !plan.rows_across ? plan.weight_at(m, 0)
@@ -125,10 +130,10 @@ struct GatherGemm {
       // Tiles wait until there are many, or one has other segments or is written otherwise.
       TileTask<T> waiting[kTilesAtOnce];
       int64_t waiting_count = 0, listed = -1;  // for which tile of pixels the segments are
+      const auto is_to_target = [&](int64_t t) { return places[t].target >= 0; };
       const auto multiply_waiting = [&] {
         if (waiting_count > 0)
-          (places[listed].vectors ? multiply_in_turns : multiply_tiles)(segments, waiting,
-                                                                        waiting_count);
+          (is_to_target(listed) ? to_target : to_sums)(segments, waiting, waiting_count);
         waiting_count = 0;
       };
       const auto list = [&](int64_t t) {
@@ -138,17 +143,18 @@ struct GatherGemm {
       };
       const auto multiply_one = [&](int64_t t, int64_t row_tile) DECONV_INLINED {
         const TilePlace& place = places[t];
-        if (listed != t &&
-            (listed < 0 || !place.whole || !places[listed].whole ||
-             is_in_place(t) != is_in_place(listed) || !place.vectors != !places[listed].vectors))
+        if (listed != t && (listed < 0 || !place.whole || !places[listed].whole ||
+                            is_in_place(t) != is_in_place(listed) ||
+                            (to_target != to_sums && is_to_target(t) != is_to_target(listed))))
           list(t);
         const int64_t row = row_tile * plan.row_width;
         // Written where it stays: copying what has just been put together would wait for it.
         TileTask<T>& task = waiting[waiting_count];
         TileTarget<T>& to = task.to;
-        if (place.target >= 0) {
+        if (is_to_target(t)) {
           to = targets[row_tile];
-          to.c += place.target;
+          to.c = reinterpret_cast<T*>(reinterpret_cast<char*>(to.c) +
+                                      place.target * plan.stored_bytes);
           if (plan.target_in_turns) to.vectors = place.vectors;
         } else {
           to = {sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),
@@ -373,7 +379,7 @@ auto with_float_tiles(const F& f) {
     const Tile<T>& tile = Tiles<T>::list[i];
     shapes[i] = {tile.rows, tile.vectors * kLanes<T>, cycles_per_step(tile.rows, tile.vectors)};
   }
-  return f(shapes, kTiles, PanelFormat{sizeof(S), sizeof(T), kLanes<T>, 1, 1});
+  return f(shapes, kTiles, PanelFormat{sizeof(S), sizeof(T), kLanes<T>, Pairs::kNone, 1, false});
 }
 
 template <class S>

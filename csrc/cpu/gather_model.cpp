@@ -58,17 +58,21 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
   const int64_t halo_h = GatherPlan::halo(plan.offsets_h, plan.h.source_step),
                 halo_w = GatherPlan::halo(plan.offsets_w, plan.w.source_step);
   const int64_t shift = halo_h * (plan.w.positions + halo_w) + halo_w;
-  // Each residue must be some tap's, and some of them two taps'.
-  const bool shared = static_cast<int64_t>(plan.offsets_h.size()) >= plan.h.source_step &&
-                      static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step &&
-                      plan.offsets() > plan.residues();
+  // Each residue must be some tap's, and some of them two taps'. Without that, too, a row is one
+  // copy where rows are lanes, which is worth it if no channel has to wait for the next block.
+  const bool shared =
+      plan.offsets() > plan.residues() ||
+      (rows_across && plan.offsets() == plan.residues() && plan.channels <= kLeastChannels);
+  const bool covered = static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step && shared;
   // What lies otherwise in memory is transposed, for lanes without a step alone. What takes several
   // elements at a time (AMX) knows of flat lanes that lie in rows alone.
   const bool in_rows = plan.source.stride[3] == 1, together = plan.source.stride[1] == 1;
   const bool packable =
       rows_across ? plan.channel_unit == 1 && (in_rows || together)
                   : in_rows || (together && plan.residues() == 1 && plan.channel_unit == 1);
-  if (!shared || !packable || plan.h.positions == 0 || plan.w.positions == 0) return {};
+  if (plan.offsets() == 0 || !covered || !packable || plan.h.positions == 0 ||
+      plan.w.positions == 0)
+    return {};
   // Pixels that fit the panel, halo included: in wide images, of fewer channels at a time.
   int64_t channels = std::clamp<int64_t>(plan.channels, 1, kLeastChannels), room;
   for (;; channels = ceil_div(channels, 2)) {
@@ -138,8 +142,8 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                               ? crossing * (kRun + channels * kVectorCopied / lanes)
                               : channels * element);
         // Whole tiles of rows are written where the result lies.
-        const bool in_place = plan.target_as_is && by_phase && plan.target.stride[1] == 1 &&
-                              plan.rows % row_width == 0 &&
+        const bool in_place = (plan.target_as_is || plan.rounds) && by_phase &&
+                              plan.target.stride[1] == 1 && plan.rows % row_width == 0 &&
                               plan.params.activation == Activation::kNone;
         store = outputs * (in_place ? kVectorStored / lanes
                            : plan.target.stride[by_phase ? 1 : 3] == 1
@@ -151,7 +155,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
           const double once =
               channels * flat_rows.waste * flat_rows.copies * static_cast<double>(plan.residues()) *
                   (plan.source.stride[1] == 1 ? kVectorCopied / lanes : kTransposed) +
-              static_cast<double>(plan.h.source_step) * kRow /
+              static_cast<double>(plan.count_residues_h()) * kRow /
                   static_cast<double>(plan.w.positions);
           // Tiles that are packed by themselves have segments of their own.
           const double listed =
@@ -199,7 +203,7 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
         const bool narrow = plan.w.positions < pixel_width;
         if (flat_lanes.possible && (plan.residues() == 1 || narrow)) {
           const double once = channels * flat_lanes.waste * flat_lanes.copies *
-                              static_cast<double>(plan.h.source_step) *
+                              static_cast<double>(plan.count_residues_h()) *
                               (static_cast<double>(plan.w.source_step) * copied + row);
           flat =
               flat_lanes.waste * (kUnaligned * multiply + store) + once < multiply + store + pack;
@@ -244,10 +248,10 @@ Choice choose_merging(Op op, const Params& params, const TileShape* tiles, int t
   };
   static Remembered<Choice> answers;
   Call call = describe(op, params, -1, 0, false);
-  call.insert(call.end(), {format.lanes, format.element_bytes, format.channels});
+  call.insert(call.end(), {format.lanes, format.element_bytes, static_cast<int64_t>(format.pairs)});
   // Pairs of channels need not be aligned.
   for (const TensorRef* t : {&params.x, &params.w, &params.y})
-    call.push_back(reinterpret_cast<intptr_t>(t->data) % (format.channels * format.stored_bytes));
+    call.push_back(reinterpret_cast<intptr_t>(t->data) % (2 * format.stored_bytes));
   return answers(call, find);
 }
 

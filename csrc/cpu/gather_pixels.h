@@ -24,6 +24,12 @@ struct TilePlace {
   bool whole;  // its pixels have a source at all offsets of the panel, be it padding
 };
 
+// Of a pair of rows, those that exist (pairs.h); anything else as it is.
+template <class Source>
+inline Source of_pair(Source at, bool, bool) {
+  return at;
+}
+
 // T: elements of the panel. Source: pointer to what is packed.
 template <class T, class Source>
 struct GatherPixels {
@@ -139,7 +145,8 @@ struct GatherPixels {
     if (plan.batch_innermost || plan.offsets() == 0) return false;
     const int64_t ih = run.jh * plan.h.source_step, iw = run.jw * plan.w.source_step,
                   last_iw = iw + (run.count - 1) * plan.w.source_step;
-    return ih + plan.offsets_h.front() >= 0 && ih + plan.offsets_h.back() < plan.h.source &&
+    return ih + plan.offsets_h.front() >= plan.rows_apart &&
+           ih + plan.offsets_h.back() < plan.h.source - plan.rows_apart &&
            iw + plan.offsets_w.front() >= 0 && last_iw + plan.offsets_w.back() < plan.w.source;
   }
 
@@ -153,24 +160,26 @@ struct GatherPixels {
     return inside(plan.h, run.jh, run.jh) && inside(plan.w, run.jw, run.jw + run.count - 1);
   }
 
-  // The part [begin, end) of a run whose source exists at this offset, and where its first element
-  // lies.
+  Source element(Source source, int64_t n, int64_t c, int64_t ih, int64_t iw) const {
+    return of_pair(source + plan.source.at(n, c, ih - plan.rows_apart, iw), ih >= plan.rows_apart,
+                   ih < plan.h.source - plan.rows_apart);
+  }
+
+  // The part [begin, end) of a run whose source exists at this offset, and the row and column of
+  // its first element.
   struct Piece {
-    int64_t begin, end, source;
+    int64_t begin, end, ih, iw;
   };
   Piece piece_of(const PixelRun& run, int64_t offset_h, int64_t offset_w) const {
     const int64_t ih = run.jh * plan.h.source_step + offset_h,
                   iw = run.jw * plan.w.source_step + offset_w;
-    if (ih < 0 || ih >= plan.h.source) return {0, 0, 0};
-    if (plan.batch_innermost) {
-      if (iw < 0 || iw >= plan.w.source) return {0, 0, 0};
-      return {0, run.count, plan.source.at(run.n, 0, ih, iw)};
-    }
+    if (ih < 0 || ih >= plan.h.source) return {0, 0, 0, 0};
+    if (plan.batch_innermost) return {0, iw < 0 || iw >= plan.w.source ? 0 : run.count, ih, iw};
     const int64_t begin = iw >= 0 ? 0 : (-iw + plan.w.source_step - 1) / plan.w.source_step;
     const int64_t end = iw >= plan.w.source
                             ? 0
                             : min_of(run.count, (plan.w.source - 1 - iw) / plan.w.source_step + 1);
-    return {begin, end, plan.source.at(run.n, 0, ih, iw + begin * plan.w.source_step)};
+    return {begin, end, ih, iw + begin * plan.w.source_step};
   }
 
   // Packs one block of channels x offsets for all tiles of the block that are not read where they
@@ -208,8 +217,8 @@ struct GatherPixels {
     }
   }
 
-  // The rows of the images of residue rh that `tiles` tiles from position `first` of all on read:
-  // calls copy(row of channel 0, first column, positions, first position of the panel), or
+  // The rows of the images of the residue `rh` that `tiles` tiles from position `first` of all on
+  // read: calls copy(row of channel 0, first column, positions, first position of the panel), or
   // clear(positions, first position) for rows that do not exist.
   template <class Copy, class Clear>
   void for_each_flat_row(Source source, int64_t first, int64_t tiles, int64_t rh, const Copy& copy,
@@ -221,8 +230,8 @@ struct GatherPixels {
       const int64_t ih = jh * plan.h.source_step + plan.offsets_h.front() + rh;
       count = min_of(pitch - jw, all - at);
       if (n < plan.batch && ih >= 0 && ih < plan.h.source) {
-        copy(source + plan.source.at(n, 0, ih, 0), jw * plan.w.source_step + plan.offsets_w.front(),
-             count, at);
+        copy(element(source, n, 0, ih, 0), jw * plan.w.source_step + plan.offsets_w.front(), count,
+             at);
       } else {
         clear_row(count, at);
       }
@@ -239,15 +248,16 @@ struct GatherPixels {
     if (plan.source.stride[3] != 1) return transpose_flat(source, first, tiles, channels, panel);
     const int64_t step_w = plan.w.source_step;
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t rh = 0; rh < plan.h.source_step; ++rh) {
-        T* to = panel + c * plan.flat_channel + rh * step_w * plan.flat_residue;
+      for (int64_t r = 0; r < plan.count_residues_h(); ++r) {
+        T* to = panel + c * plan.flat_channel + r * step_w * plan.flat_residue;
         for_each_flat_row(
-            source, first, tiles, rh,
+            source, first, tiles, plan.residues_h[r],
             [&](Source row, int64_t column, int64_t count, int64_t at) {
               split_row(row + c * plan.source.stride[1], column, count, to + at, plan.flat_residue);
             },
             [&](int64_t count, int64_t at) {
-              for (int64_t r = 0; r < step_w; ++r) clear(to + at + r * plan.flat_residue, count);
+              for (int64_t rw = 0; rw < step_w; ++rw)
+                clear(to + at + rw * plan.flat_residue, count);
             });
       }
   }
@@ -277,10 +287,10 @@ struct GatherPixels {
   DECONV_PHASE void pack_flat_as_rows(Source source, int64_t first, int64_t tiles, int64_t channels,
                                       T* panel) const {
     const int64_t position = plan.flat_position(channels), stride = plan.source.stride[3];
-    for (int64_t rh = 0; rh < plan.h.source_step; ++rh) {
-      T* to = panel + rh * plan.flat_residue * channels;
+    for (int64_t r = 0; r < plan.count_residues_h(); ++r) {
+      T* to = panel + r * plan.flat_residue * channels;
       for_each_flat_row(
-          source, first, tiles, rh,
+          source, first, tiles, plan.residues_h[r],
           [&](Source row, int64_t column, int64_t count, int64_t at) {
             T* const line = to + at * position;
             const int64_t pixels = count * plan.w.source_step;
@@ -349,8 +359,10 @@ struct GatherPixels {
       for (const PixelRun* run = first; run < last; ++run) {
         const Piece piece = piece_of(*run, offset_h, offset_w);
         T* at = to + run->at - first_pixel + piece.begin;
+        if (piece.begin >= piece.end) continue;
+        const Source from = element(source, run->n, 0, piece.ih, piece.iw);
         for (int64_t c = 0; c < channels; ++c)
-          copy_strided(at + c * width, source + piece.source + c * plan.source.stride[1], step,
+          copy_strided(at + c * width, from + c * plan.source.stride[1], step,
                        piece.end - piece.begin, to + width - at);
       }
     }
@@ -400,7 +412,7 @@ struct GatherPixels {
           taps = min_of(count_w - first_w, offsets - u);
           const int64_t ih = run->jh * plan.h.source_step + plan.offsets_h[h];
           if (ih < 0 || ih >= plan.h.source) continue;
-          const Source row = source + plan.source.at(run->n, c, ih, 0);
+          const Source row = element(source, run->n, c, ih, 0);
           const int64_t base = shift[first_w], last = shift[first_w + taps - 1];
           for (int64_t at = 0; at < run->count; at += pixels) {
             const int64_t count = min_of(pixels, run->count - at);
@@ -450,7 +462,7 @@ struct GatherPixels {
           for (int64_t i = 0; i < run->count; ++i) clear(to + i * pitch, taps);
           continue;
         }
-        const Source row = source + plan.source.at(run->n, 0, ih, 0);
+        const Source row = element(source, run->n, 0, ih, 0);
         int64_t iw = run->jw * step + plan.offsets_w[first_w];
         for (int64_t i = 0; i < run->count; ++i, iw += step, to += pitch) {
           const int64_t begin = max_of<int64_t>(0, min_of(taps, -iw)),
@@ -488,7 +500,7 @@ struct GatherPixels {
           const int64_t begin = inside ? min_of(length, max_of<int64_t>(0, -iw)) : length;
           const int64_t end = max_of(begin, min_of(length, plan.w.source - iw));
           T* row = to + ((run->at - first_pixel + i) * offsets + u) * channels;
-          const Source from = source + plan.source.at(n, 0, ih, iw + begin);
+          const Source from = element(source, n, 0, ih, iw + begin);
           clear(row, begin * channels);
           if (contiguous) {
             copy_strided(row + begin * channels, from, 1, (end - begin) * channels);

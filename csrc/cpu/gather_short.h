@@ -27,7 +27,8 @@ struct ShortProduct {
   const int64_t *row, *at;    // elements from a tile's x: of its pixels, of the steps
 };
 
-template <class T, int RN, int Steps>
+// S: elements of the target.
+template <class T, int RN, int Steps, class Multiply, class S>
 void multiply_short(const ShortProduct<T>& p) {
   constexpr int kN = kLanes<T>;
   int64_t at[Steps];
@@ -40,16 +41,16 @@ void multiply_short(const ShortProduct<T>& p) {
       unroll<Steps>([&](auto k) DECONV_INLINED { factor[k] = broadcast(tile[p.row[m] + at[k]]); });
       const T* weights = p.weights;
       for (const TileTarget<T>*to = p.targets, *const end = to + p.row_tiles; to != end; ++to) {
-        T* c = to->c + place.target + m * to->pitch;
+        S* c = reinterpret_cast<S*>(to->c) + place.target + m * to->pitch;
         Vector<T> sum[RN];
         unroll<RN>([&](auto n) DECONV_INLINED { sum[n] = Vector<T>{}; });
         unroll<Steps * RN>([&](auto i) DECONV_INLINED {
-          sum[i % RN] += factor[i / RN] * load_vector(weights + i * kN);
+          Multiply::template add<T>(sum[i % RN], factor[i / RN], load_vector(weights + i * kN));
         });
         weights += Steps * RN * kN;
         if (to->bias)
           unroll<RN>([&](auto n) DECONV_INLINED { sum[n] += load_vector(to->bias + n * kN); });
-        unroll<RN>([&](auto n) DECONV_INLINED { store_vector(c + n * kN, sum[n]); });
+        unroll<RN>([&](auto n) DECONV_INLINED { store_as(c + n * kN, sum[n]); });
       }
     }
   }
@@ -58,17 +59,17 @@ void multiply_short(const ShortProduct<T>& p) {
 constexpr int kMostShortSteps = 4;
 
 // 1 <= steps <= kMostShortSteps
-template <class T, int RN>
+template <class T, int RN, class Multiply, class S>
 void multiply_short_by(int64_t steps, const ShortProduct<T>& product) {
   switch (steps) {
     case 1:
-      return multiply_short<T, RN, 1>(product);
+      return multiply_short<T, RN, 1, Multiply, S>(product);
     case 2:
-      return multiply_short<T, RN, 2>(product);
+      return multiply_short<T, RN, 2, Multiply, S>(product);
     case 3:
-      return multiply_short<T, RN, 3>(product);
+      return multiply_short<T, RN, 3, Multiply, S>(product);
     case 4:
-      return multiply_short<T, RN, 4>(product);
+      return multiply_short<T, RN, 4, Multiply, S>(product);
   }
 }
 

@@ -129,7 +129,7 @@ struct GatherWeights {
     struct Place {
       int64_t first, next_tile;
     };
-    const int64_t elements = plan.params.problem.h.kernel * plan.params.problem.w.kernel;
+    const int64_t elements = plan.kernel_h * plan.params.problem.w.kernel;
     Place* places = static_cast<Place*>(thread_scratch(elements * sizeof(Place)));
     for (int64_t k = 0; k < elements; ++k) places[k].first = -1;
     for (const GatherClass& g : plan.classes) {
@@ -163,8 +163,7 @@ struct GatherWeights {
   DECONV_INLINE void pack_rows(Source source, int64_t row, int64_t count, int64_t c0, int64_t some,
                                int64_t channels, const Put& put) const {
     constexpr int64_t kN = kLanes<T>;
-    const int64_t kernel_w = plan.params.problem.w.kernel,
-                  elements = plan.params.problem.h.kernel * kernel_w;
+    const int64_t kernel_w = plan.params.problem.w.kernel, elements = plan.kernel_h * kernel_w;
     const Source from = source + row * plan.weight.row;
     // A square of rows times the contiguous axis, `left` elements of it, transposed.
     const auto load_square = [&](Source corner, int64_t left, Vector<T>* square) {
@@ -208,8 +207,7 @@ struct GatherWeights {
   DECONV_PHASE void pack_by_channels(Source source, int64_t rows, int64_t channels,
                                      T* panel) const {
     constexpr int64_t kN = kLanes<T>;
-    const int64_t kernel_w = plan.params.problem.w.kernel,
-                  elements = plan.params.problem.h.kernel * kernel_w;
+    const int64_t kernel_w = plan.params.problem.w.kernel, elements = plan.kernel_h * kernel_w;
     int64_t* places = static_cast<int64_t*>(thread_scratch(elements * sizeof(int64_t)));
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < elements; ++k) places[k] = -1;  // no input

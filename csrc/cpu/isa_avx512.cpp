@@ -93,15 +93,16 @@ template <class Format>
 Kernels with_pairs(const char* isa, bool (*has_them)()) {
   Kernels all = avx512::table(isa, has_them);
   all.gather_gemm = [](Op op, const Params& params, int threads) {
-    avx512::pairs_take<Format>(op, params) ? avx512::gather_pairs<Format>(op, params, threads)
-                                           : avx512_kernels()->gather_gemm(op, params, threads);
+    avx512::pairs_of<Format>(op, params) != Pairs::kNone
+        ? avx512::gather_pairs<Format>(op, params, threads)
+        : avx512_kernels()->gather_gemm(op, params, threads);
   };
   all.weight_gemm = [](const Params& params, int threads) {
     avx512::pairs_take_weight<Format>(params) ? avx512::weight_pairs<Format>(params, threads)
                                               : avx512_kernels()->weight_gemm(params, threads);
   };
   all.prefers_winograd = [](Op op, const Params& params) {
-    return !avx512::pairs_take<Format>(op, params) &&
+    return avx512::pairs_of<Format>(op, params) != Pairs::kChannels &&
            avx512_kernels()->prefers_winograd(op, params);
   };
   return all;

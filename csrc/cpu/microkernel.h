@@ -49,7 +49,7 @@ struct LinePlace {
   T bias;
 };
 
-// C: a panel of sums, or the place of the result itself.
+// C: a panel of sums, or the place of the result itself, whose elements may be others.
 template <class T>
 struct TileTarget {
   T* c;
@@ -171,8 +171,10 @@ __attribute__((noinline)) void store_pieces(const Vector<T>* sum, const TileTarg
   store_in_turns<T, RM, RN, Phases, true>(sum, to);
 }
 
-// If Phases > 1, so many rows of the tile, a divisor of RM, take turns in a row of C.
-template <class T, int RM, int RN, Steps steps, int Phases = 1, class Multiply = MultiplyAdd>
+// If Phases > 1, so many rows of the tile, a divisor of RM, take turns in a row of C. S: elements
+// of C; if they are not those of the sums, there is nothing to accumulate.
+template <class T, int RM, int RN, Steps steps, int Phases = 1, class Multiply = MultiplyAdd,
+          class S = T>
 void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_t tasks) {
   static_assert(RM * RN + RN + 1 <= kRegisters, "the tile must stay in registers");
   constexpr int kN = kLanes<T>;
@@ -213,7 +215,7 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
       }
       continue;
     }
-    T* c = to.c;
+    S* c = reinterpret_cast<S*>(to.c);
     const T* bias = to.bias;
     // The full tile apart, so that its stores are not interrupted by questions.
     const auto store = [&](bool accumulate, int64_t rows) DECONV_INLINED {
@@ -221,9 +223,10 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
         if (m >= rows) return;
         unroll<RN>([&](auto n) DECONV_INLINED {
           Vector<T> v = sum[m * RN + n];
-          if (accumulate) v += load_vector(c + n * kN);
+          if constexpr (std::is_same_v<S, T>)
+            if (accumulate) v += load_vector(c + n * kN);
           if (bias) v += load_vector(bias + n * kN);
-          store_vector(c + n * kN, v);
+          store_as(c + n * kN, v);
         });
         c += to.pitch;
       });
@@ -242,7 +245,7 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
 // Sums of few terms over many tiles, rows on the vector side (gather_short.h).
 template <class T>
 struct ShortProduct;
-template <class T, int RN>
+template <class T, int RN, class Multiply = MultiplyAdd, class S = T>
 void multiply_short_by(int64_t steps, const ShortProduct<T>& product);
 
 template <class T>
@@ -254,7 +257,9 @@ struct Tile {
   int rows, vectors;  // RM, RN
   MultiplyTiles<T> contiguous_a, panel_a, panel_b;
   MultiplyTiles<T> panel_a_by_2, panel_a_by_4;  // where so many rows take turns, or null
-  void (*multiply_short)(int64_t steps, const ShortProduct<T>&);  // or null
+  // To where the result lies, be its elements those of the sums or not, or null.
+  MultiplyTiles<T> contiguous_a_to_target;
+  void (*multiply_short)(int64_t steps, const ShortProduct<T>&);
 };
 
 template <class T, int RM, int RN, int Phases>
@@ -272,6 +277,7 @@ constexpr Tile<T> make_tile() {
           multiply_tiles<T, RM, RN, Steps::kPanelB>,
           tiles_in_turns<T, RM, RN, 2>(),
           tiles_in_turns<T, RM, RN, 4>(),
+          multiply_tiles<T, RM, RN, Steps::kContiguousA>,
           multiply_short_by<T, RN>};
 }
 

@@ -24,13 +24,6 @@ struct PairTile {
                           int64_t pitch, bool accumulate);
 };
 
-constexpr PairTile make_pair_tile(int rows, int vectors, MultiplyTiles<float> contiguous_a,
-                                  MultiplyTiles<float> panel_a,
-                                  decltype(PairTile::multiply_strips) multiply_strips) {
-  return {{rows, vectors, contiguous_a, panel_a, nullptr, nullptr, nullptr, nullptr},
-          multiply_strips};
-}
-
 }  // namespace DECONV_ISA
 }  // namespace cpu
 }  // namespace deconv

@@ -206,7 +206,7 @@ struct WeightPairs : WeightParts<BFloat16> {
       if (rest > 0)
         for (int64_t lane = 0; lane < lanes; ++lane)
           to[pairs * width + lane] =
-              convert<float>(ChannelPair{from[lane * channel + (length - 1) * pixel], BFloat16{}});
+              convert<float>(Pair{from[lane * channel + (length - 1) * pixel], BFloat16{}});
     }
     clear(to, end - to);
   }

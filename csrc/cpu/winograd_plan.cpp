@@ -122,7 +122,8 @@ const char* winograd_declines(Op op, const Params& params) {
   const Problem& p = params.problem;
   if (p.h.kernel * p.w.kernel > kWinogradKernel) return "it needs kernels of up to 256 elements";
   if (p.h.stride * p.w.stride > kMostPhases) return "it needs stride_h * stride_w <= 16";
-  const GatherPlan direct = make_gather(op, params, {4, 4, 1, 1, 1}, false, false);
+  const GatherPlan direct =
+      make_gather(op, params, {4, 4, 1, Pairs::kNone, 1, false}, false, false);
   for (const TensorRef* t : {&direct.source, &direct.target})
     if (!channels_contiguous(*t) && !pixels_contiguous(*t))
       return "it needs tensors whose channels or rows are contiguous";
