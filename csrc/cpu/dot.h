@@ -2,8 +2,9 @@
 //
 //     sum[lane] += a[lane].even * b[lane].even + a[lane].odd * b[lane].odd
 //
-// Products are exact, sums are float32. As with AMX, denormal operands count as zero. The tiles are
-// those of float32 (microkernel.h), with a pair where they have a number.
+// Products are exact, sums are float32. Denormal operands and results count as zero, whatever the
+// caller's setting: the instructions know no other way. The tiles are those of float32
+// (microkernel.h), with a pair where they have a number.
 #pragma once
 
 #include "pair_tiles.h"
@@ -21,6 +22,31 @@ struct DotProduct {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #endif
   }
+  DECONV_INLINE static void store(float* p, Vector<float> sum) { store_vector(p, sum); }
+  // Rounded.
+  DECONV_INLINE static void store(BFloat16* p, Vector<float> sum) {
+#ifdef DECONV_EMULATED
+    store_as(p, sum);
+#else
+    HalfWords words;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(sum));
+    __builtin_memcpy(p, &words, sizeof(words));
+#endif
+  }
+};
+
+// While it exists, denormals count as zero for all arithmetic of the thread: so a bias that is
+// added elsewhere, and what is rounded by other instructions, come out the same.
+class FlushedDenormals {
+ public:
+  FlushedDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kOperands | kResults); }
+  ~FlushedDenormals() { _mm_setcsr(before_); }
+  FlushedDenormals(const FlushedDenormals&) = delete;
+  FlushedDenormals& operator=(const FlushedDenormals&) = delete;
+
+ private:
+  static constexpr unsigned kOperands = 0x40, kResults = 0x8000;
+  const unsigned before_;
 };
 
 #ifdef DECONV_EMULATED
@@ -79,7 +105,7 @@ constexpr PairTile make_dot_tile() {
 
 // How pairs are multiplied, as gather_pairs.h and weight_pairs.h ask for it.
 struct Dot {
-  using Session = NoSession;
+  using Session = FlushedDenormals;
   static constexpr int64_t kUnit = 1;
   static constexpr PairTile kTiles[] = {make_dot_tile<8, 3>(), make_dot_tile<6, 4>(),
                                         make_dot_tile<9, 3>(), make_dot_tile<4, 4>(),

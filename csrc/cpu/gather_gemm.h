@@ -30,7 +30,8 @@ namespace cpu {
 namespace DECONV_ISA {
 
 // T: elements of sums, and as wide, of panels. Pixels, Weights, Store: GatherPixels, GatherWeights,
-// GatherStore or what does the same. Session: what a thread must hold while it multiplies.
+// GatherStore or what does the same. Session: what a thread must hold while it multiplies and
+// stores.
 template <class T, class Pixels, class Weights, class Store, class Session>
 struct GatherGemm {
   const GatherPlan& plan;
@@ -87,7 +88,6 @@ struct GatherGemm {
                              const T* panel, const bool* present, SegmentList& segments,
                              int64_t* row_offsets, TileTarget<T>* targets, LinePlace<T>* lines,
                              T* sums, const T* bias) const {
-    [[maybe_unused]] const Session session{};
     const T* packed = weight_pack.panel_of(group, chunk, c0);
     const T* source = static_cast<const T*>(plan.source.data) +
                       (group * plan.channels + c0) * plan.source.stride[1];
@@ -279,6 +279,7 @@ struct GatherGemm {
   // One block of pixels, `chunks` chunks of rows
 
   void block(int64_t group, int64_t first_tile, int64_t first_chunk, int64_t chunks) const {
+    [[maybe_unused]] const Session session{};
     const int64_t tiles = min_of(plan.block_tiles, plan.tiles - first_tile);
     const int64_t offsets = plan.offsets(), pixels = plan.block_tiles * plan.pixel_width;
     const int64_t lanes = kLanes<T>;

@@ -50,7 +50,7 @@ void multiply_short(const ShortProduct<T>& p) {
         weights += Steps * RN * kN;
         if (to->bias)
           unroll<RN>([&](auto n) DECONV_INLINED { sum[n] += load_vector(to->bias + n * kN); });
-        unroll<RN>([&](auto n) DECONV_INLINED { store_as(c + n * kN, sum[n]); });
+        unroll<RN>([&](auto n) DECONV_INLINED { Multiply::store(c + n * kN, sum[n]); });
       }
     }
   }

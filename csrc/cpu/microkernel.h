@@ -84,6 +84,10 @@ struct MultiplyAdd {
   DECONV_INLINE static void add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
     multiply_add<T>(sum, a, b);
   }
+  template <class T>
+  DECONV_INLINE static void store(T* p, Vector<T> sum) {
+    store_vector(p, sum);
+  }
 };
 
 // What a thread must hold while it multiplies in vector registers: nothing.
@@ -226,7 +230,7 @@ void multiply_tiles(const SegmentList& segments, const TileTask<T>* task, int64_
           if constexpr (std::is_same_v<S, T>)
             if (accumulate) v += load_vector(c + n * kN);
           if (bias) v += load_vector(bias + n * kN);
-          store_as(c + n * kN, v);
+          Multiply::store(c + n * kN, v);
         });
         c += to.pitch;
       });
