@@ -187,6 +187,16 @@ inline Vector<T> interleave_blocks(Vector<T> a, Vector<T> b) {
   return __builtin_shuffle(a, b, mask);
 }
 
+// The upper half of the lanes, in the lower half.
+template <class T>
+inline Vector<T> upper_half(Vector<T> v) {
+  typedef typename IntegerOf<sizeof(T)>::type Index;
+  Vector<Index> mask;
+  constexpr int kN = kLanes<T>;
+  for (int i = 0; i < kN; ++i) mask[i] = static_cast<Index>((i + kN / 2) % kN);
+  return __builtin_shuffle(v, mask);
+}
+
 // One step of a transposition by halves: swaps the off-diagonal blocks of size Block within each
 // pair of blocks of rows.
 template <class T, int Block>
@@ -225,6 +235,21 @@ inline void transpose(P from, int64_t from_stride, int64_t rows, int64_t columns
         continue;
       }
       Vector<T> square[kN];
+      if (rows - i <= kN / 2 && columns - j > kN) {
+        // Half a square each of these columns and of the next ones.
+        const int64_t some = rows - i, next = min_of(kN, columns - j - kN);
+        for (int64_t k = 0; k < kN / 2; ++k) {
+          const P row = corner + k * from_stride;
+          square[k] = k < some ? load_as<T>(row) : Vector<T>{};
+          square[kN / 2 + k] = k < some ? load_every<T, 1>(row + kN, next) : Vector<T>{};
+        }
+        transpose_step<T, kN / 2>(square);
+        for (int64_t k = 0; k < kN; ++k) store_first(corner_to + k * to_stride, square[k], some);
+        for (int64_t k = 0; k < next; ++k)
+          store_first(corner_to + (kN + k) * to_stride, upper_half<T>(square[k]), some);
+        j += kN;
+        continue;
+      }
       for (int64_t k = 0; k < kN; ++k)
         square[k] =
             k < rows - i ? load_every<T, 1>(corner + k * from_stride, columns - j) : Vector<T>{};

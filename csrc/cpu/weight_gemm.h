@@ -47,7 +47,7 @@ struct WeightGemm : WeightParts<S> {
 
   explicit WeightGemm(const Params& given) : Base(given) {
     choose_tile();
-    this->choose_lanes(tile.vectors * kLanes<T>);
+    this->choose_lanes(tile.vectors * kLanes<T>, sizeof(T), 1);
     this->choose_chunks(1, tile.rows);
     choose_patches();
   }

@@ -81,7 +81,7 @@ struct WeightPairs : WeightParts<BFloat16> {
       multiply_strips = t.multiply_strips;
     }
     taps_outer = true;
-    choose_lanes(tile.vectors * kLanes<float>);
+    choose_lanes(tile.vectors * kLanes<float>, sizeof(BFloat16), 2);
     choose_chunks(tile.rows, 0);
     constexpr int64_t kPatches = kPatchBytes / sizeof(BFloat16);
     choose_lines(kBlockPixels, [&] {
@@ -217,6 +217,8 @@ struct WeightPairs : WeightParts<BFloat16> {
                                  int64_t iw, BFloat16* to) const {
     const BFloat16* from = dy_plane(part, strip.n, o);
     const int64_t extent = patch_w.extent;
+    if (params.y.stride[3] == 1 && p.w.stride == 2 && patch_w.count == 2 && !patch_w.by_tap)
+      return pack_both_classes(part, strip, from, count, iw, to);
     for (int64_t h = 0; h < patch_h.count; ++h)
       for (int64_t w = 0; w < patch_w.count; ++w) {
         const int64_t start = patch_w.output(p.w, iw, part.kw, w);
@@ -225,7 +227,7 @@ struct WeightPairs : WeightParts<BFloat16> {
         for (int64_t e = 0; e < patch_h.extent; ++e, line_to += pitch()) {
           const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, h) + e * p.h.stride;
           const bool outside = oh < 0 || oh >= p.h.out || head == tail;
-          for (int64_t co = 0; co < count; ++co) {
+          for (int64_t co = 0; co < count && (outside || tail - head < extent); ++co) {
             BFloat16* row = line_to + co * patch_pitch();
             clear(row, outside ? extent : head);
             if (!outside) clear(row + tail, extent - tail);
@@ -236,6 +238,42 @@ struct WeightPairs : WeightParts<BFloat16> {
               tail - head, count, line_to + head);
         }
       }
+  }
+
+  // The same where both classes of a line are its even and its odd elements.
+  void pack_both_classes(const Part& part, const Strip& strip, const BFloat16* from, int64_t count,
+                         int64_t iw, BFloat16* to) const {
+    constexpr int64_t kN = kLanes<float>;
+    const int64_t extent = patch_w.extent, start = patch_w.output(p.w, iw, part.kw, 0),
+                  begin = max_of<int64_t>(0, -start),
+                  end = max_of(begin, min_of(2 * extent, p.w.out - start));
+    for (int64_t h = 0; h < patch_h.count; ++h)
+      for (int64_t e = 0; e < patch_h.extent; ++e) {
+        const int64_t oh = patch_h.output(p.h, strip.ih, part.kh, h) + e * p.h.stride;
+        const bool outside = oh < 0 || oh >= p.h.out;
+        const BFloat16* line = from + oh * params.y.stride[2] + start;
+        BFloat16* line_to = to + h * 2 * class_elements() + e * pitch();
+        for (int64_t i = 0; i < extent; i += kN) {
+          // Words of the vector that lie in dy, and elements that the classes have.
+          const uint32_t words = outside ? 0
+                                         : words_from(max_of<int64_t>(0, begin - 2 * i)) &
+                                               ~words_from(max_of<int64_t>(0, end - 2 * i));
+          const __mmask16 mask = ~words_from(extent - i);
+          for (int64_t co = 0; co < count; ++co) {
+            const Pairs32 both = reinterpret_cast<Pairs32>(
+                _mm512_maskz_loadu_epi16(words, line + co * params.y.stride[1] + 2 * i));
+            BFloat16* row = line_to + co * patch_pitch() + i;
+            _mm256_mask_storeu_epi16(row, mask, low_words(both));
+            _mm256_mask_storeu_epi16(row + class_elements(), mask, low_words(both >> 16));
+          }
+        }
+      }
+  }
+  // All words but the first ones.
+  static uint32_t words_from(int64_t first) { return first >= 32 ? 0 : ~uint32_t{0} << first; }
+  typedef Vector<uint32_t> Pairs32;
+  static __m256i low_words(Pairs32 pairs) {
+    return reinterpret_cast<__m256i>(__builtin_convertvector(pairs, HalfWords));
   }
 
   // Every stride-th element of a line of dy, for `count` co.
@@ -282,15 +320,15 @@ struct WeightPairs : WeightParts<BFloat16> {
       if constexpr (Stride == 1) {
         words = _mm256_maskz_loadu_epi16(mask, from);
       } else {
-        Vector<uint32_t> pairs;
+        Pairs32 pairs;
         if constexpr (Stride == 2) {
-          pairs = reinterpret_cast<Vector<uint32_t>>(
-              _mm512_maskz_loadu_epi16((1u << (2 * some - 1)) - 1, from));
+          pairs =
+              reinterpret_cast<Pairs32>(_mm512_maskz_loadu_epi16((1u << (2 * some - 1)) - 1, from));
         } else {
-          pairs = reinterpret_cast<Vector<uint32_t>>(load_every<float, Stride / 2>(
+          pairs = reinterpret_cast<Pairs32>(load_every<float, Stride / 2>(
               reinterpret_cast<const float*>(from), (some - 1) * (Stride / 2) + 1));
         }
-        words = reinterpret_cast<__m256i>(__builtin_convertvector(pairs, HalfWords));
+        words = low_words(pairs);
       }
       _mm256_mask_storeu_epi16(to + i, mask, words);
     }

@@ -33,7 +33,6 @@ struct WeightParts {
 
   // A thread's working set in its L2 cache: sums, packed x, patches of dy.
   static constexpr int64_t kSums = (512 << 10) / sizeof(T), kPatchBytes = 128 << 10;
-  static constexpr int64_t kLanesAtOnce = 192;  // lanes that share a patch
   // co whose patches are packed together where they lie together in dy: a cache line.
   static constexpr int64_t kOutputsTogether = 64 / sizeof(S);
   static constexpr int64_t kBlockPixels = 256;  // packed at a time
@@ -54,10 +53,20 @@ struct WeightParts {
 
   explicit WeightParts(const Params& given) : params(given) {}
 
-  void choose_lanes(int64_t tile_lanes) {
+  // With L lanes in a part, dy is packed ci / L times, and x once for each chunk of rows, co * taps
+  // * L / kSums times. dy has co * stride^2 elements for ci of x, each of which takes `dy_cost`
+  // times as long. So all of that is least at L = sqrt(dy_cost * stride^2 * kSums / taps). Packed x
+  // has to stay in the cache, too.
+  void choose_lanes(int64_t tile_lanes, int64_t x_bytes, int64_t dy_cost) {
+    constexpr int64_t kLeast = 192, kStep = 32, kPackedX = 256 << 10;
+    const int64_t square = dy_cost * p.h.stride * p.w.stride * kSums / (p.h.kernel * p.w.kernel),
+                  most = kPackedX / (kBlockPixels * x_bytes);
+    int64_t at_once = kLeast;
+    while (at_once + kStep <= most && (at_once + kStep) * (at_once + kStep) <= square)
+      at_once += kStep;
     width = tile_lanes;
     const int64_t tiles = (group_in + width - 1) / width;
-    lane_parts = (tiles * width + kLanesAtOnce - 1) / kLanesAtOnce;
+    lane_parts = (tiles * width + at_once - 1) / at_once;
     lane_tiles = (tiles + lane_parts - 1) / lane_parts;
     lane_parts = (tiles + lane_tiles - 1) / lane_tiles;
   }
