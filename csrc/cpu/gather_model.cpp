@@ -64,12 +64,11 @@ Flat flat_images(const GatherPlan& plan, bool rows_across, int64_t element_bytes
       plan.offsets() > plan.residues() ||
       (rows_across && plan.offsets() == plan.residues() && plan.channels <= kLeastChannels);
   const bool covered = static_cast<int64_t>(plan.offsets_w.size()) >= plan.w.source_step && shared;
-  // What lies otherwise in memory is transposed, for lanes without a step alone. What takes several
-  // elements at a time (AMX) knows of flat lanes that lie in rows alone.
+  // What lies otherwise in memory is transposed. What takes several elements at a time (AMX) knows
+  // of flat lanes that lie in rows alone.
   const bool in_rows = plan.source.stride[3] == 1, together = plan.source.stride[1] == 1;
-  const bool packable =
-      rows_across ? plan.channel_unit == 1 && (in_rows || together)
-                  : in_rows || (together && plan.residues() == 1 && plan.channel_unit == 1);
+  const bool packable = rows_across ? plan.channel_unit == 1 && (in_rows || together)
+                                    : in_rows || (together && plan.channel_unit == 1);
   if (plan.offsets() == 0 || !covered || !packable || plan.h.positions == 0 ||
       plan.w.positions == 0)
     return {};
@@ -198,10 +197,10 @@ Layout best_layout(const GatherPlan& plan, const TileShape* tiles, int tile_coun
                (plan.source.stride[3] == 1 ? (1 + residues) * kVectorCopied / lanes + row : far);
         store = outputs * (plan.target.stride[3] == 1 ? kVectorStored / lanes : kFarElement);
         in_turns = !by_phase && takes_turns(plan, row_width);
-        // With a step, rows that hold a tile are better off: most of their tiles are written where
-        // the result lies, and a tap begins anew less often.
-        const bool narrow = plan.w.positions < pixel_width;
-        if (flat_lanes.possible && (plan.residues() == 1 || narrow)) {
+        // With a step, planes whose rows hold a tile are better off: most of their tiles are
+        // written where the result lies, and a tap begins anew less often.
+        const bool wide = plan.source.stride[3] == 1 && plan.w.positions >= pixel_width;
+        if (flat_lanes.possible && (plan.residues() == 1 || !wide)) {
           const double once = channels * flat_lanes.waste * flat_lanes.copies *
                               static_cast<double>(plan.count_residues_h()) *
                               (static_cast<double>(plan.w.source_step) * copied + row);

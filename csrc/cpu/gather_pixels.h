@@ -262,24 +262,29 @@ struct GatherPixels {
       }
   }
 
-  // The same without steps, where channels are contiguous.
+  // The same where channels are contiguous.
   void transpose_flat(Source source, int64_t first, int64_t tiles, int64_t channels,
                       T* panel) const {
-    const auto clear_pixels = [&](int64_t count, int64_t at) {
-      for (int64_t c = 0; c < channels; ++c) clear(panel + c * plan.flat_channel + at, count);
-    };
-    const int64_t stride = plan.source.stride[3];
-    for_each_flat_row(
-        source, first, tiles, 0,
-        [&](Source row, int64_t column, int64_t count, int64_t at) {
-          const int64_t begin = min_of(count, max_of<int64_t>(0, -column)),
-                        end = max_of(begin, min_of(count, plan.w.source - column));
-          clear_pixels(begin, at);
-          transpose(row + (column + begin) * stride, stride, end - begin, channels,
-                    panel + at + begin, plan.flat_channel);
-          clear_pixels(count - end, at + end);
-        },
-        clear_pixels);
+    const int64_t stride = plan.source.stride[3], step = plan.w.source_step;
+    for (int64_t r = 0; r < plan.residues(); ++r) {
+      T* const to = panel + r * plan.flat_residue;
+      const auto clear_pixels = [&](int64_t count, int64_t at) {
+        for (int64_t c = 0; c < channels; ++c) clear(to + c * plan.flat_channel + at, count);
+      };
+      for_each_flat_row(
+          source, first, tiles, plan.residues_h[r / step],
+          [&](Source row, int64_t column, int64_t count, int64_t at) {
+            column += r % step;
+            const int64_t begin = min_of(count, ceil_div(max_of<int64_t>(0, -column), step)),
+                          end =
+                              max_of(begin, min_of(count, ceil_div(plan.w.source - column, step)));
+            clear_pixels(begin, at);
+            transpose(row + (column + begin * step) * stride, step * stride, end - begin, channels,
+                      to + at + begin, plan.flat_channel);
+            clear_pixels(count - end, at + end);
+          },
+          clear_pixels);
+    }
   }
 
   // [residue of h][position][residue of w][channel]: the pixels of a row as they are, or transposed
