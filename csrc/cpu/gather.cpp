@@ -353,6 +353,11 @@ bool skips_padding(const GatherPlan& plan, int lanes) {
 
 }  // namespace
 
+bool has_rows_across(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                     const PanelFormat& format) {
+  return choose_merging(op, params, tiles, tile_count, format).layout.rows_across;
+}
+
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
                        const PanelFormat& format, int threads) {
   const int lanes = format.lanes, element_bytes = format.element_bytes;

@@ -206,5 +206,9 @@ struct GatherPlan {
 GatherPlan plan_gather(Op op, const Params& params, const TileShape* tiles, int tile_count,
                        const PanelFormat& format, int threads);
 
+// rows_across of the plan.
+bool has_rows_across(Op op, const Params& params, const TileShape* tiles, int tile_count,
+                     const PanelFormat& format);
+
 }  // namespace cpu
 }  // namespace deconv

@@ -383,6 +383,14 @@ auto with_float_tiles(const F& f) {
   return f(shapes, kTiles, PanelFormat{sizeof(S), sizeof(T), kLanes<T>, Pairs::kNone, 1, false});
 }
 
+// Whether vector lanes of gather_gemm are rows.
+template <class S>
+bool gather_has_rows_across(Op op, const Params& params) {
+  return with_float_tiles<S>([&](const TileShape* tiles, int count, PanelFormat format) {
+    return has_rows_across(op, params, tiles, count, format);
+  });
+}
+
 template <class S>
 void gather_gemm(Op op, const Params& params, int threads) {
   using T = typename Arithmetic<S>::type;

@@ -57,8 +57,46 @@ bool supported() {
 }
 }  // namespace
 
-const Kernels* avx512_kernels() {
+namespace {
+const Kernels& full_vectors() {
   static const Kernels kernels = avx512::table("avx512", supported);
+  return kernels;
+}
+
+// Vectors of which half stays empty take as many instructions as half of them by AVX2, which some
+// processors execute in half of the time and none in more.
+bool half_is_enough(int64_t lanes, const Params& params) {
+  const int whole = full_vectors().lanes / (params.dtype == Dtype::kFloat64 ? 2 : 1);
+  return 2 * lanes <= whole && avx2_kernels() && avx2_kernels()->supported();
+}
+
+bool half_is_enough(Op op, const Params& params) {
+  const Problem& p = params.problem;
+  const bool forward = op == Op::kForward;
+  const int64_t rows = forward ? p.c_out * p.h.stride * p.w.stride : p.c_in;
+  if (!half_is_enough(rows / p.groups, params)) return false;
+  bool rows_across = false;
+  avx512::with_storage(params.dtype, [&](auto s) {
+    rows_across = avx512::gather_has_rows_across<decltype(s)>(op, params);
+  });
+  return rows_across;
+}
+}  // namespace
+
+const Kernels* avx512_kernels() {
+  static const Kernels kernels = [] {
+    Kernels all = full_vectors();
+    all.gather_gemm = [](Op op, const Params& params, int threads) {
+      (half_is_enough(op, params) ? *avx2_kernels() : full_vectors())
+          .gather_gemm(op, params, threads);
+    };
+    all.weight_gemm = [](const Params& params, int threads) {
+      const int64_t lanes = params.problem.c_in / params.problem.groups;
+      (half_is_enough(lanes, params) ? *avx2_kernels() : full_vectors())
+          .weight_gemm(params, threads);
+    };
+    return all;
+  }();
   return &kernels;
 }
 

@@ -297,7 +297,7 @@ struct Tiles {
 #else
   static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(),
                                      make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),
-                                     make_tile<T, 4, 1>()};
+                                     make_tile<T, 8, 1>(), make_tile<T, 4, 1>()};
 #endif
 };
 
