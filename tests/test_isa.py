@@ -141,6 +141,60 @@ def test_bfloat16_of_any_strides(isa: str) -> None:
         assert_equal(run("forward", case, odd), results["forward"].to(torch.bfloat16), "odd")
 
 
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_bfloat16_of_odd_channels(isa: str) -> None:
+    """Taps in pairs, of which the padding or the end of the kernel may have one."""
+    shapes = (
+        ((2, 3, 9, 11), 5, 4, 2, 1, 0, 1, 1),
+        ((1, 21, 5, 7), 3, 9, 2, 4, 1, 1, 1),
+        ((3, 1, 6, 40), 1, 2, 2, 0, 0, 1, 1),
+        ((2, 63, 4, 5), 7, 3, 1, 1, 0, 1, 1),
+        ((17, 9, 2, 3), 15, 5, 3, 2, 1, 1, 3),
+        ((1, 5, 7, 18), 17, 4, 1, 3, 0, 2, 1),
+        ((2, 3, 8, 33), 64, 6, 3, 1, 2, 1, 1),
+    )
+    for shape, outputs, *geometry in shapes:
+        case = make_case("odd", shape, outputs, *geometry)
+        operands, results = exact(case, False)
+        plain = cast(operands, torch.bfloat16)
+        for x, w, dy in itertools.product(("contiguous", "channels_last", "sliced"), repeat=3):
+            t = plain._replace(
+                x=relayout(plain.x, x), w=relayout(plain.w, w), dy=relayout(plain.dy, dy)
+            )
+            with use_isa(isa):
+                for op in ("forward", "grad_input"):
+                    got = run(op, case, t, "gemm")
+                    assert_equal(got, results[op].to(torch.bfloat16), (op, case, x, w, dy))
+
+
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_where_a_sum_is_rounded_does_not_show(isa: str) -> None:
+    """Inside an image in registers, at its edges by way of memory: denormals come out the same."""
+    case = make_case("rounded", (1, 4, 19, 37), 64, 4, 2, 1, 0)
+    t = case.operands(0, torch.bfloat16, "channels_last")
+    t.x.zero_()
+    for value in (BITS_OF_A_DENORMAL, 0x7FC1, 0x3F80):  # NaN, one
+        t.bias.view(torch.int16).fill_(value)
+        with use_isa(isa):
+            y = run("forward", case, t, "gemm").view(torch.int16)
+        assert (y == y[0, 0, 0, 0]).all(), (value, y.unique())
+
+
+@pytest.mark.parametrize("isa", C.cpu_isas())
+def test_lines_of_a_few_pixels(isa: str) -> None:
+    """Half squares are transposed two at a time, and few channels fill half of a vector."""
+    for channels, outputs, width in itertools.product((3, 8, 33), (5, 40, 70), (1, 4, 7, 9, 15)):
+        case = make_case("short", (2, channels, 3, width), outputs, 4, 2, 1)
+        operands, results = exact(case, False)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for layout in ("contiguous", "channels_last"):
+                t = cast(operands, dtype, layout)
+                with use_isa(isa):
+                    for op in OPERATIONS:
+                        got = run(op, case, t, "gemm")
+                        assert_equal(got, results[op].to(dtype), (op, case, dtype, layout))
+
+
 def at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, from the second element of its memory on."""
     flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
