@@ -22,6 +22,14 @@ struct DotProduct {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #endif
   }
+  template <class T>
+  DECONV_INLINE static void add(Vector<T>& sum, const T* a, Vector<T> b) {
+#ifdef DECONV_EMULATED
+    add<T>(sum, broadcast(*a), b);
+#else
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+#endif
+  }
   DECONV_INLINE static void store(float* p, Vector<float> sum) { store_vector(p, sum); }
   // Rounded.
   DECONV_INLINE static void store(BFloat16* p, Vector<float> sum) {

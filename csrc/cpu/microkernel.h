@@ -85,6 +85,10 @@ struct MultiplyAdd {
     multiply_add<T>(sum, a, b);
   }
   template <class T>
+  DECONV_INLINE static void add(Vector<T>& sum, const T* a, Vector<T> b) {
+    multiply_add<T>(sum, a, b);
+  }
+  template <class T>
   DECONV_INLINE static void store(T* p, Vector<T> sum) {
     store_vector(p, sum);
   }
@@ -116,9 +120,14 @@ DECONV_INLINE void multiply_segment(const T* a, const T* b, int64_t length, int6
         keep_in_register(distance[m]);
         va = reinterpret_cast<const T*>(reinterpret_cast<const char*>(va) + distance[m]);
       }
-      const Vector<T> factor = broadcast(*va);
-      unroll<RN>([&](auto n)
-                     DECONV_INLINED { Multiply::template add<T>(sum[m * RN + n], factor, vb[n]); });
+      if constexpr (RN == 1) {
+        Multiply::template add<T>(sum[m], va, vb[0]);
+      } else {
+        const Vector<T> factor = broadcast(*va);
+        unroll<RN>([&](auto n) DECONV_INLINED {
+          Multiply::template add<T>(sum[m * RN + n], factor, vb[n]);
+        });
+      }
     });
     if constexpr (kMoveA) a += step_a;
     if constexpr (kMoveB) b += step_b;
@@ -291,9 +300,9 @@ constexpr Tile<T> make_tile() {
 template <class T>
 struct Tiles {
 #if DECONV_VECTOR_REGISTERS >= 32
-  static constexpr Tile<T> list[] = {make_tile<T, 8, 3>(), make_tile<T, 6, 4>(),
-                                     make_tile<T, 9, 3>(), make_tile<T, 4, 4>(),
-                                     make_tile<T, 8, 2>(), make_tile<T, 8, 1>()};
+  static constexpr Tile<T> list[] = {
+      make_tile<T, 8, 3>(), make_tile<T, 6, 4>(),  make_tile<T, 9, 3>(), make_tile<T, 4, 4>(),
+      make_tile<T, 8, 2>(), make_tile<T, 16, 1>(), make_tile<T, 8, 1>()};
 #else
   static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(),
                                      make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),

@@ -108,6 +108,21 @@ DECONV_INLINE void multiply_add(Vector<T>& sum, Vector<T> a, Vector<T> b) {
 #endif
 }
 
+// The same with one number for all lanes, by the instruction that loads it, too, where there is
+// one.
+template <class T>
+DECONV_INLINE void multiply_add(Vector<T>& sum, const T* a, Vector<T> b) {
+#if DECONV_VECTOR_BYTES == 64 && !defined(DECONV_EMULATED)
+  if constexpr (sizeof(T) == 4) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+  } else {
+    asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+  }
+#else
+  multiply_add<T>(sum, broadcast(*a), b);
+#endif
+}
+
 // As many 16-bit elements as float32 lanes, exactly widened: float16 by its instruction where there
 // is one.
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
