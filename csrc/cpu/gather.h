@@ -58,11 +58,9 @@ struct PanelFormat {
 };
 
 // A model of one step of a register tile: two multiply-adds and two loads a cycle, a little for
-// every vector of the panel, which comes from L2, and for the loop itself. With a single vector
-// there are as many loads as multiply-adds, and they do not overlap entirely.
+// every vector of the panel, which comes from L2, and for the loop itself.
 inline double cycles_per_step(int rows, int vectors) {
-  return std::max(rows * vectors, rows + vectors) / 2.0 + vectors / 4.0 +
-         (vectors == 1 ? 1.25 : 0.5);
+  return std::max(rows * vectors, rows + vectors) / 2.0 + vectors / 4.0 + 0.5;
 }
 
 // Room for so many elements, an odd number of cache lines: what lies so far apart meets in no set
