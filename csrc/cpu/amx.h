@@ -146,12 +146,13 @@ void multiply_amx_tiles(const SegmentList& segments, const TileTask<float>* task
 }
 
 template <int RM, int RN>
-void multiply_amx_strips(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
+void multiply_amx_strips(const PairStrip* strips, int64_t count, const int64_t* row, float* c,
                          int64_t pitch, bool accumulate) {
   using Product = AmxProduct<RM, RN>;
   Product::begin(c, pitch, accumulate);
   for (int64_t s = 0; s < count; ++s)
-    Product::add(strips[s].a, pitch_a, 2 * kAmxSide, strips[s].b, RN * kAmxSide, strips[s].pairs);
+    Product::add(strips[s].a + row[0], row[1] - row[0], 2 * kAmxSide, strips[s].b, RN * kAmxSide,
+                 strips[s].pairs);
   Product::end(c, pitch);
 }
 
@@ -178,6 +179,8 @@ struct Amx {
   // Nothing else reads a part of a tile of pairs.
   static constexpr bool kTakesTaps = false, kRounds = false;
   static bool takes(int64_t channels) { return channels % (2 * kAmxSide) == 0; }
+  // Rows of a tile of grad_weight are equally far apart.
+  static constexpr bool kAnyRows = false;
   // Where a quarter of the tiles is filled, or more: multiply-adds take eight times as long.
   static bool takes_weight(int64_t rows, int64_t lanes) {
     return 4 * rows * lanes >= round_up(rows, kAmxSide) * round_up(lanes, kAmxSide);

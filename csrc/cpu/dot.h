@@ -85,13 +85,13 @@ inline bool dot_products_win() {
 #endif
 
 template <int RM, int RN>
-void multiply_dot_strips(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
+void multiply_dot_strips(const PairStrip* strips, int64_t count, const int64_t* row, float* c,
                          int64_t pitch, bool accumulate) {
   constexpr int kN = kLanes<float>;
   Vector<float> sum[RM * RN];
   int64_t distance[RM];
   const auto place = [&](int i) DECONV_INLINED { return c + i / RN * pitch + i % RN * kN; };
-  unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = m * pitch_a * sizeof(BFloat16); });
+  unroll<RM>([&](auto m) DECONV_INLINED { distance[m] = row[m] * sizeof(BFloat16); });
   unroll<RM * RN>([&](auto i) DECONV_INLINED {
     sum[i] = accumulate ? load_vector(place(i)) : Vector<float>{};
   });
@@ -124,21 +124,10 @@ struct Dot {
   }
   static constexpr bool kTakesTaps = true, kRounds = true;
   static bool takes(int64_t channels) { return channels % 2 == 0; }
-  // Rows of a tile are channels of dy there; without pairs they are channels and taps, which leave
-  // none of them empty.
-  static bool takes_weight(int64_t rows, int64_t lanes) {
-    constexpr double kPacking = 1.2;  // pairs take more of it
-    double pairs = 0, numbers = 0;    // cycles
-    for (const auto& [t, multiply_strips] : kTiles) {
-      const double row = cycles_per_step(t.rows, t.vectors) *
-                         static_cast<double>(ceil_div(lanes, t.vectors * kLanes<float>));
-      const double of_pairs = row * static_cast<double>(ceil_div(rows, t.rows)) / 2,
-                   of_numbers = row * static_cast<double>(rows) / t.rows;
-      pairs = pairs == 0 ? of_pairs : min_of(pairs, of_pairs);
-      numbers = numbers == 0 ? of_numbers : min_of(numbers, of_numbers);
-    }
-    return kPacking * pairs < numbers;
-  }
+  // Rows of a tile of grad_weight lie anywhere in the patches.
+  static constexpr bool kAnyRows = true;
+  // With half of the lanes empty, half of a vector is as good (isa_avx512.cpp).
+  static bool takes_weight(int64_t, int64_t lanes) { return 2 * lanes > kLanes<float>; }
 };
 
 }  // namespace DECONV_ISA

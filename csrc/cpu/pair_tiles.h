@@ -17,10 +17,10 @@ struct PairStrip {
   int64_t pairs;
 };
 
-// A tile of both products. Of strips, rows of A are pitch_a apart.
+// A tile of both products. `row` has the places of the rows of A, in elements from a strip's a on.
 struct PairTile {
   Tile<float> tile;
-  void (*multiply_strips)(const PairStrip* strips, int64_t count, int64_t pitch_a, float* c,
+  void (*multiply_strips)(const PairStrip* strips, int64_t count, const int64_t* row, float* c,
                           int64_t pitch, bool accumulate);
 };
 

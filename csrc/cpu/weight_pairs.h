@@ -7,8 +7,9 @@
 //     dy[i * stride + o] = class (o mod stride) [i + floor(o / stride)]    o = k * dilation - pad
 //
 // A class is an image of `pitch` elements a line, and x is packed with the same pitch and zeros
-// between its lines. So a strip of lines is one sum, whose row of A begins at the shift, and
-// for a tap, 16 co are the rows of a tile. Tiles of B are pairs of pixels of 16 ci.
+// between its lines. So a strip of lines is one sum, whose row of A begins at the shift. Rows of a
+// tile are co of one tap, or any (co, tap) where these would leave it empty. Tiles of B are pairs
+// of pixels of some ci.
 #pragma once
 
 #include "pair_tiles.h"
@@ -67,31 +68,42 @@ struct WeightPairs : WeightParts<BFloat16> {
   Tile<float> tile;
   decltype(PairTile::multiply_strips) multiply_strips;
   PatchClasses patch_h, patch_w;
+  int64_t row_unit;  // of co
 
   explicit WeightPairs(const Params& given) : WeightParts(given) {
+    const int64_t taps = p.h.kernel * p.w.kernel;
+    // Rows of one tap leave tiles partly empty, but co lie together in dy. Any rows have to save
+    // some.
+    constexpr double kSaved = 1.25;
+    bool any_rows = false;
     double least = 0;
-    for (const PairTile& t : Format::kTiles) {
-      const int64_t rows = ceil_div(group_out, t.tile.rows),
-                    lanes = ceil_div(group_in, t.tile.vectors * kLanes<float>);
-      const double cycles =
-          Format::cycles_per_step(t.tile.rows, t.tile.vectors) * static_cast<double>(rows * lanes);
-      if (least != 0 && cycles >= least) continue;
-      least = cycles;
-      tile = t.tile;
-      multiply_strips = t.multiply_strips;
-    }
-    taps_outer = true;
+    for (const bool any : {false, true})
+      for (const PairTile& t : Format::kTiles) {
+        if (any && !Format::kAnyRows) continue;
+        const int64_t rows = any ? ceil_div(group_out * taps, t.tile.rows)
+                                 : ceil_div(group_out, t.tile.rows) * taps,
+                      lanes = ceil_div(group_in, t.tile.vectors * kLanes<float>);
+        const double cycles = Format::cycles_per_step(t.tile.rows, t.tile.vectors) *
+                              static_cast<double>(rows * lanes);
+        if (least != 0 && cycles * (any && !any_rows ? kSaved : 1.0) >= least) continue;
+        least = cycles;
+        any_rows = any;
+        tile = t.tile;
+        multiply_strips = t.multiply_strips;
+      }
+    taps_outer = !any_rows;
+    row_unit = any_rows ? 1 : tile.rows;
     choose_lanes(tile.vectors * kLanes<float>, sizeof(BFloat16), 2);
-    choose_chunks(tile.rows, 0);
+    choose_chunks(row_unit, any_rows ? tile.rows : 0);
     constexpr int64_t kPatches = kPatchBytes / sizeof(BFloat16);
     choose_lines(kBlockPixels, [&] {
       patch_h = PatchClasses::make(p.h, min_of(lines, p.h.in), kernel_h);
       patch_w = PatchClasses::make(p.w, line, kernel_w);
-      return patch_pitch() * tile.rows <= kPatches;
+      return patch_pitch() * min_of<int64_t>(tile.rows, outputs) <= kPatches;
     });
     patch_outputs =
-        min_of(outputs, max_of<int64_t>(1, kPatches / (patch_pitch() * tile.rows)) * tile.rows);
-    patch_rows = patch_outputs * kernel_h * kernel_w;
+        min_of(outputs, max_of<int64_t>(1, kPatches / (patch_pitch() * row_unit)) * row_unit);
+    patch_rows = round_up<int64_t>(patch_outputs * kernel_h * kernel_w, tile.rows);
   }
 
   // Pairs do not cross lines.
@@ -113,6 +125,7 @@ struct WeightPairs : WeightParts<BFloat16> {
     BFloat16* patches;
     Strip* strips;
     PairStrip* operands;
+    int64_t* places;
     // Of a tile of lanes; each strip may end with a part of a tile.
     const int64_t tile_pairs = lines * pitch() / 2 + images() * Format::kUnit;
     const auto carve = [&](void* memory) {
@@ -122,12 +135,14 @@ struct WeightPairs : WeightParts<BFloat16> {
       patches = carver.take<BFloat16>(patch_outputs * patch_pitch());
       strips = carver.take<Strip>(images());
       operands = carver.take<PairStrip>(images());
+      places = carver.take<int64_t>(patch_rows);
       return carver.used();
     };
     carve(thread_scratch(carve(nullptr)));
     if (!sums) sums = own_sums;
     // What is multiplied with zeros has to be a number, or elements are computed again.
     clear(patches, patch_outputs * patch_pitch());
+    list_rows(part, places);
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(index, strips);
       in_phase(Phase::kPack, [&] {
@@ -149,26 +164,37 @@ struct WeightPairs : WeightParts<BFloat16> {
         });
         in_phase(Phase::kProduct, [&] {
           float* block_sums = sums + o / patch_outputs * patch_rows * lane_tiles * width;
-          for (int64_t kh = 0; kh < part.kernel_h; ++kh)
-            for (int64_t kw = 0; kw < part.kernel_w; ++kw)
-              for (int64_t co = 0; co < count; co += tile.rows) {
-                const int64_t row = row_of(part, co, kh, kw) * lane_tiles * width;
-                for (int64_t t = 0; t * width < part.lanes; ++t) {
-                  const BFloat16* a = patches + co * patch_pitch() + place_of(part, kh, kw);
-                  const float* b = packed_x + t * tile_pairs * width;
-                  for (int64_t s = 0; s < block.strips; ++s) {
-                    const int64_t pairs = pairs_of(strips[s].lines);
-                    operands[s] = {a + s * strip_elements(), b, pairs};
-                    b += pairs * width;
-                  }
-                  multiply_strips(operands, block.strips, patch_pitch(),
-                                  block_sums + row + t * width, lane_tiles * width, index > begin);
-                }
+          for (int64_t row = 0; row < patch_rows; row += tile.rows) {
+            const int64_t first_co =
+                taps_outer ? row % patch_outputs : row / (part.kernel_h * part.kernel_w);
+            if (first_co >= count) continue;
+            for (int64_t t = 0; t * width < part.lanes; ++t) {
+              const float* b = packed_x + t * tile_pairs * width;
+              for (int64_t s = 0; s < block.strips; ++s) {
+                const int64_t pairs = pairs_of(strips[s].lines);
+                operands[s] = {patches + s * strip_elements(), b, pairs};
+                b += pairs * width;
               }
+              multiply_strips(operands, block.strips, places + row,
+                              block_sums + row * lane_tiles * width + t * width, lane_tiles * width,
+                              index > begin);
+            }
+          }
         });
       }
     }
     return sums;
+  }
+
+  // Where the rows begin in the patches. Those that only fill the last tile have any place.
+  void list_rows(const Part& part, int64_t* places) const {
+    for (int64_t row = 0; row < patch_rows; ++row) places[row] = 0;
+    for (int64_t kh = 0; kh < part.kernel_h; ++kh)
+      for (int64_t kw = 0; kw < part.kernel_w; ++kw) {
+        const int64_t tap = place_of(part, kh, kw);
+        for (int64_t co = 0; co < patch_outputs; ++co)
+          places[row_of(part, co, kh, kw)] = tap + co * patch_pitch();
+      }
   }
 
   // Where a tap begins in a patch.
