@@ -67,7 +67,8 @@ void pair_channels(GatherPlan& plan) {
   plan.channels /= pair;
 }
 
-// Counts the taps of h in pairs: the first and the second of each phase, the third and the fourth.
+// Counts the taps of h in pairs: of each phase the first and the second, the third and the fourth,
+// as long as their rows of the source are rows_apart.
 void pair_taps(GatherPlan& plan) {
   const Problem& p = plan.params.problem;
   const bool forward = plan.op == Op::kForward;
@@ -75,12 +76,16 @@ void pair_taps(GatherPlan& plan) {
   plan.h.source += plan.rows_apart;
   for (PhaseClass& c : plan.h.classes) {
     const std::vector<int64_t> offsets = std::exchange(c.offsets, {}), k = std::exchange(c.k, {});
-    for (size_t i = 0; i < offsets.size(); i += 2)
-      c.offsets.push_back(offsets[i] + plan.rows_apart);
+    const auto has_odd = [&](size_t i) {
+      return i + 1 < offsets.size() && offsets[i + 1] == offsets[i] + plan.rows_apart;
+    };
+    std::vector<size_t> evens;  // of offsets
+    for (size_t i = 0; i < offsets.size(); i += has_odd(i) ? 2 : 1) evens.push_back(i);
+    for (size_t i : evens) c.offsets.push_back(offsets[i] + plan.rows_apart);
     for (size_t phase = 0; phase < static_cast<size_t>(c.phases); ++phase)
-      for (size_t i = 0; i < offsets.size(); i += 2) {
+      for (size_t i : evens) {
         const int64_t* pair = &k[phase * offsets.size() + i];
-        const std::pair<int64_t, int64_t> taps{pair[0], i + 1 < offsets.size() ? pair[1] : -1};
+        const std::pair<int64_t, int64_t> taps{pair[0], has_odd(i) ? pair[1] : -1};
         const bool any = taps.first >= 0 || taps.second >= 0;
         c.k.push_back(any ? static_cast<int64_t>(plan.tap_pairs.size()) : -1);
         if (any) plan.tap_pairs.push_back(taps);

@@ -9,7 +9,7 @@
 // computed it.
 #pragma once
 
-#include "gather_pixels.h"
+#include "gather_runs.h"
 #include "microkernel.h"
 
 namespace deconv {

@@ -4,7 +4,7 @@
 
 #include "../reference/elements.h"
 #include "activate.h"
-#include "gather_pixels.h"
+#include "gather_runs.h"
 #include "interleave.h"
 #include "shuffle.h"
 
