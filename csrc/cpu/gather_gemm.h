@@ -44,9 +44,9 @@ struct GatherGemm {
   // Tiles multiplied in one call.
   static constexpr int64_t kTilesAtOnce = 16;
 
-  // Its elements are not always T.
-  T* in_target(int64_t element) const {
-    return reinterpret_cast<T*>(static_cast<char*>(plan.target.data) + element * plan.stored_bytes);
+  // So many elements of the target on, which are not always T.
+  T* advance(void* at, int64_t elements) const {
+    return reinterpret_cast<T*>(static_cast<char*>(at) + elements * plan.stored_bytes);
   }
   // Where a tile of rows goes in the target, for pixels whose first element is at zero. `lines` is
   // room for those of the tile, where phases take turns.
@@ -64,19 +64,19 @@ struct GatherGemm {
         const int64_t of_chunk = (first + i) / h.phases, rh = (first + i) % h.phases;
         lines[i] = {element(of_chunk, rh, 0), bias ? bias[of_chunk] : T(0)};
       }
-      TileTarget<T> to{in_target(0), {}, count, false, {}};
+      TileTarget<T> to{advance(plan.target.data, 0), {}, count, false, {}};
       to.lines = lines;
       return to;
     }
     if (!plan.rows_across)
-      return {in_target(element(row, 0, 0)),
+      return {advance(plan.target.data, element(row, 0, 0)),
               {plan.target.stride[1]},
               min_of<int64_t>(tile.rows, rows - row),
               false,
               {nullptr}};
     // Vectors of rows lie within one phase.
     const int64_t phase = row / rows, first = row - phase * rows;
-    return {in_target(element(first, phase / w.phases, phase % w.phases)),
+    return {advance(plan.target.data, element(first, phase / w.phases, phase % w.phases)),
             {plan.w.target_step * plan.target.stride[3]},
             tile.rows,
             false,
@@ -153,8 +153,7 @@ struct GatherGemm {
         TileTarget<T>& to = task.to;
         if (is_to_target(t)) {
           to = targets[row_tile];
-          to.c = reinterpret_cast<T*>(reinterpret_cast<char*>(to.c) +
-                                      place.target * plan.stored_bytes);
+          to.c = advance(to.c, place.target);
           if (plan.target_in_turns) to.vectors = place.vectors;
         } else {
           to = {sums + plan.sum_at(g.first_row + row, t * plan.pixel_width),

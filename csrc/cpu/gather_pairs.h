@@ -2,7 +2,7 @@
 // product (gather_gemm.h) with the tiles of Format, Amx (amx.h) or Dot (dot.h).
 //
 // As everywhere one side is weights and the other pixels (plan.rows_across). A pair is of channels
-// c and c + 1, or of taps in rows k and k + 1 of the kernel. Pairs of channels that lie next to
+// c and c + 1, or of two taps of a phase, one below the other. Pairs of channels that lie next to
 // each other, as those of pixels in channels_last, are read as they are.
 #pragma once
 

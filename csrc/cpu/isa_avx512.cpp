@@ -55,9 +55,7 @@ bool supported() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("fma");
 }
-}  // namespace
 
-namespace {
 const Kernels& full_vectors() {
   static const Kernels kernels = avx512::table("avx512", supported);
   return kernels;

@@ -300,9 +300,9 @@ constexpr Tile<T> make_tile() {
 template <class T>
 struct Tiles {
 #if DECONV_VECTOR_REGISTERS >= 32
-  static constexpr Tile<T> list[] = {
-      make_tile<T, 8, 3>(), make_tile<T, 6, 4>(),  make_tile<T, 9, 3>(), make_tile<T, 4, 4>(),
-      make_tile<T, 8, 2>(), make_tile<T, 16, 1>(), make_tile<T, 8, 1>()};
+  static constexpr Tile<T> list[] = {make_tile<T, 8, 3>(), make_tile<T, 6, 4>(),
+                                     make_tile<T, 9, 3>(), make_tile<T, 4, 4>(),
+                                     make_tile<T, 8, 2>(), make_tile<T, 8, 1>()};
 #else
   static constexpr Tile<T> list[] = {make_tile<T, 4, 3>(), make_tile<T, 6, 2>(),
                                      make_tile<T, 3, 3>(), make_tile<T, 4, 2>(),

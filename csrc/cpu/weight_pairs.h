@@ -243,7 +243,7 @@ struct WeightPairs : WeightParts<BFloat16> {
                                  int64_t iw, BFloat16* to) const {
     const BFloat16* from = dy_plane(part, strip.n, o);
     const int64_t extent = patch_w.extent;
-    if (params.y.stride[3] == 1 && p.w.stride == 2 && patch_w.count == 2 && !patch_w.by_tap)
+    if (params.y.stride[3] == 1 && p.w.stride == 2 && !patch_w.by_tap)
       return pack_both_classes(part, strip, from, count, iw, to);
     for (int64_t h = 0; h < patch_h.count; ++h)
       for (int64_t w = 0; w < patch_w.count; ++w) {
