@@ -6,12 +6,18 @@
 //     grad_input    dx[n, ih, iw, :] = sum of w[k, :] * dy[n, oh, ow, :], over taps
 //     grad_weight   dw[k, :]         = sum of x[n, ih, iw, :] * dy[n, oh, ow, :], over n, ih, iw
 //
-// The weight is transposed to [k][channel] once; taps are clipped to the image. grad_weight goes
-// over lines, sums a line in registers, four neighbouring taps at a time, and shares lines and
-// channels out to tasks (direct_weight.h).
+// The weight is transposed to [k][channel] once; taps are clipped to the image. Forward sums a
+// pixel in registers, over all of its taps. grad_input has pieces of a row of sums in memory and
+// goes over kernel rows, whose weights stay in registers. grad_weight goes over lines, sums a line
+// in registers, four neighbouring taps at a time, and shares lines and channels out to tasks
+// (direct_weight.h).
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "activate.h"
+#include "channel_lanes.h"
 #include "direct_weight.h"
 #include "output_pool.h"
 #include "row_plan.h"
@@ -22,24 +28,18 @@ namespace cpu {
 namespace DECONV_ISA {
 
 template <class S>
-struct Depthwise {
+struct DepthwiseForward {
   using T = typename Arithmetic<S>::type;
   static constexpr int kN = kLanes<T>;
   static constexpr int kVectors = 4;  // of sums held in registers
 
   const Params& params;
   const AxisPlan &axis_h, &axis_w;
-  T* weights;    // [kernel_h][kernel_w][channels]
-  bool streams;  // results are written past the caches
+  const T* weights;  // [kernel_h][kernel_w][channels]
+  const T* start;    // [channels] what a sum begins with: the bias or zeros
+  bool streams;      // results are written past the caches
   const Problem& p = params.problem;
-
-  void pack_weights() const {
-    for (int64_t kh = 0; kh < p.h.kernel; ++kh)
-      for (int64_t kw = 0; kw < p.w.kernel; ++kw)
-        for (int64_t c = 0; c < p.c_in; ++c)
-          weights[(kh * p.w.kernel + kw) * p.c_in + c] =
-              convert<T>(static_cast<const S*>(params.w.data)[params.w.at(c, 0, kh, kw)]);
-  }
+  const int64_t pitch = round_up<int64_t>(p.c_in, kN);  // of weights
 
   // A tap along one axis: element offsets of what it reads.
   struct Term {
@@ -60,47 +60,20 @@ struct Depthwise {
     for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(values + v * kN);
   }
 
-  // The lines of grad_input's next column, for Vectors of channels from c on. A pixel is read in
-  // pieces that are too short for the processor to see what comes.
+  // to[i] = start[i] + sum over both axes' terms of weight * source, for Vectors of channels from
+  // c on
   template <int Vectors>
-  void fetch_next(Terms h, Terms w, const S* source, int64_t c) const {
-    constexpr int kLine = 64 / sizeof(S);
-    if (w.count == 0) return;
-    const S* last = source + w.list[w.count - 1].source + c;
-    for (int64_t i = 0; i < h.count; ++i)
-      for (int64_t pixel = 1; pixel <= p.w.stride; ++pixel)
-        for (int at = 0; at < Vectors * kN; at += kLine)
-          prefetch(last + h.list[i].source + pixel * params.y.stride[3] + at);
-  }
-
-  // to[i] = start[i] + sum over both axes' terms of weight * source, for Vectors of channels from c
-  // on, or for `channels` fewer than a vector
-  template <int Vectors>
-  void sum_terms(Terms h, Terms w, const S* source, int64_t c, const T* start, S* to,
-                 int64_t channels = kN) const {
-    const auto load = [&](const auto* from, int v) DECONV_INLINED {
-      return Vectors > 1 || channels == kN ? load_as<T>(from + v * kN)
-                                           : load_first<T>(from, channels);
-    };
-    Vector<T> sums[Vectors];
-    for (int v = 0; v < Vectors; ++v) sums[v] = load(start + c, v);
+  void sum_terms(Terms h, Terms w, const S* source, int64_t c, S* to) const {
+    Vector<T> sums[Vectors], x[Vectors];
+    for (int v = 0; v < Vectors; ++v) sums[v] = load_vector(start + c + v * kN);
     for (int64_t i = 0; i < h.count; ++i)
       for (int64_t j = 0; j < w.count; ++j) {
-        const S* x = source + h.list[i].source + w.list[j].source + c;
+        load_channels<Vectors, T>(source + h.list[i].source + w.list[j].source + c, p.c_in - c, x);
         const T* weight = weights + h.list[i].weight + w.list[j].weight + c;
-        for (int v = 0; v < Vectors; ++v) sums[v] += load(weight, v) * load(x, v);
+        for (int v = 0; v < Vectors; ++v) sums[v] += load_vector(weight + v * kN) * x[v];
       }
     activate(sums);
-    for (int v = 0; v < Vectors; ++v) {
-      S* here = to + c + v * kN;
-      if (Vectors == 1 && channels < kN) {
-        store_first_as(here, sums[v], channels);
-      } else if (streams && streamable<T>(here)) {
-        stream_as(here, sums[v]);
-      } else {
-        store_as(here, sums[v]);
-      }
-    }
+    store_channels<Vectors, T>(to + c, p.c_in - c, sums, streams);
   }
 
   // The taps of one index of the target that read inside.
@@ -114,27 +87,164 @@ struct Depthwise {
     return {list, count};
   }
 
-  // One row of y or dx. `start` is what a sum begins with: the bias or zeros, [channels].
-  void row(Op op, int64_t n, int64_t line, const T* start) const {
-    const bool forward = op == Op::kForward;
-    const TensorRef &source = forward ? params.x : params.y,
-                    &target = forward ? params.y : params.x;
+  // One row of y.
+  void row(int64_t n, int64_t line) const {
     Carver carver(thread_scratch((p.h.kernel + p.w.kernel) * sizeof(Term) + 64));
     Term *list_h = carver.take<Term>(p.h.kernel), *list_w = carver.take<Term>(p.w.kernel);
     const Terms h =
-        find_terms(AxisPosition(axis_h, line), source.stride[2], p.w.kernel * p.c_in, list_h);
-    const S* image = static_cast<const S*>(source.data) + source.at(n, 0, 0, 0);
+        find_terms(AxisPosition(axis_h, line), params.x.stride[2], p.w.kernel * pitch, list_h);
+    const S* image = static_cast<const S*>(params.x.data) + params.x.at(n, 0, 0, 0);
     AxisPosition at(axis_w, 0);
     for (int64_t column = 0; column < axis_w.target_size; ++column, at.next()) {
-      const Terms w = find_terms(at, source.stride[3], p.c_in, list_w);
-      S* to = static_cast<S*>(target.data) + target.at(n, 0, line, column);
-      int64_t c = 0;
-      for (; c + kVectors * kN <= p.c_in; c += kVectors * kN) {
-        if (!forward) fetch_next<kVectors>(h, w, image, c);
-        sum_terms<kVectors>(h, w, image, c, start, to);
+      const Terms w = find_terms(at, params.x.stride[3], pitch, list_w);
+      S* to = static_cast<S*>(params.y.data) + params.y.at(n, 0, line, column);
+      for_channels<T, kVectors>(
+          p.c_in, [&](auto vectors, int64_t c) { sum_terms<vectors>(h, w, image, c, to); });
+    }
+  }
+};
+
+// Rows of dx. A row is summed in pieces, kernel row by kernel row: each reads a line of dy in the
+// order of memory, against weights in registers.
+template <class S>
+struct DepthwiseInput {
+  using T = typename Arithmetic<S>::type;
+  static constexpr int kN = kLanes<T>;
+  static constexpr int kTaps = 5, kVectors = kVectorBytes == 64 ? 4 : 2;  // weights in registers
+  static constexpr int64_t kSums = 16 << 10;                              // bytes of a piece
+  static constexpr int64_t kPixels = 4;                                   // of a piece at least
+
+  // Pixels [first, last) of a row read all of the taps [k, k + taps) inside.
+  struct Run {
+    int64_t first, last, k, taps;
+  };
+  // Pixels [first, last) of a row, which are those of the runs [first_run, last_run).
+  struct Piece {
+    int64_t first, last;
+    size_t first_run, last_run;
+  };
+
+  const Params& params;
+  const T* weights;  // [kernel_h][kernel_w][channels]
+  bool streams;
+  const Problem& p = params.problem;
+  const int64_t pitch = round_up<int64_t>(p.c_in, kN);  // of weights, and a pixel's sums
+  const int64_t x_step = params.x.stride[3], y_step = params.y.stride[3];
+  std::vector<Run> runs = {};
+  std::vector<Piece> pieces = {};
+
+  DepthwiseInput(const Params& of, const T* packed, bool past_caches)
+      : params(of), weights(packed), streams(past_caches) {
+    const int64_t fitting = kSums / pitch / static_cast<int64_t>(sizeof(T)),
+                  pixels = max_of(kPixels, fitting);
+    for (int64_t first = 0; first < p.w.in; first += pixels) {
+      const int64_t last = min_of(p.w.in, first + pixels);
+      const size_t first_run = runs.size();
+      for (int64_t i = first; i < last; ++i) list_taps(i, first_run);
+      pieces.push_back({first, last, first_run, runs.size()});
+    }
+  }
+
+  // Adds a pixel to the runs that end with the one before it, or begins new ones. The taps of a
+  // pixel that read inside follow each other.
+  void list_taps(int64_t pixel, size_t first_run) {
+    int64_t begin = 0, end = p.w.kernel;
+    while (begin < end && output_index(p.w, pixel, begin) < 0) ++begin;
+    while (begin < end && output_index(p.w, pixel, end - 1) < 0) --end;
+    const int64_t blocks = ceil_div(end - begin, kTaps);
+    const auto block = [&](int64_t i) { return begin + (end - begin) * i / blocks; };
+    const size_t count = static_cast<size_t>(blocks);
+    const bool follows =
+        runs.size() >= first_run + count && count > 0 && runs[runs.size() - count].last == pixel &&
+        runs[runs.size() - count].k == begin && runs.back().k + runs.back().taps == end;
+    for (size_t i = 0; i < count; ++i)
+      if (follows) {
+        runs[runs.size() - count + i].last = pixel + 1;
+      } else {
+        const int64_t k = block(static_cast<int64_t>(i));
+        runs.push_back({pixel, pixel + 1, k, block(static_cast<int64_t>(i) + 1) - k});
       }
-      for (; c < p.c_in; c += kN)
-        sum_terms<1>(h, w, image, c, start, to, min_of<int64_t>(kN, p.c_in - c));
+  }
+
+  // Sums of a piece are [chunk of channels][pixel][channel]: with those of a pixel as far apart as
+  // pixels of dy are, loads would wait for stores to addresses that look alike.
+  static T* at(T* sums, const Piece& piece, int64_t pixel, int64_t c, int64_t width) {
+    return sums + c * (piece.last - piece.first) + (pixel - piece.first) * width;
+  }
+
+  // sums[pixel][channel] += sum over taps of w[tap][channel] * dy[pixel * stride + tap][channel],
+  // for Vectors of channels, or for `channels` fewer than a vector
+  template <int Taps, int Vectors>
+  void add_pixels(const T* weight, const S* dy, int64_t pixels, T* sums, int64_t channels) const {
+    Vector<T> w[Taps][Vectors], sum[Vectors], factor[Vectors];
+    for (int k = 0; k < Taps; ++k)
+      for (int v = 0; v < Vectors; ++v) w[k][v] = load_vector(weight + k * pitch + v * kN);
+    const int64_t next = p.w.stride * y_step, tap = p.w.dilation * y_step;
+    for (int64_t i = 0; i < pixels; ++i, dy += next, sums += Vectors * kN) {
+      for (int v = 0; v < Vectors; ++v) sum[v] = load_vector(sums + v * kN);
+      for (int k = 0; k < Taps; ++k) {
+        load_channels<Vectors, T>(dy + k * tap, channels, factor);
+        for (int v = 0; v < Vectors; ++v) sum[v] += w[k][v] * factor[v];
+      }
+      for (int v = 0; v < Vectors; ++v) store_vector(sums + v * kN, sum[v]);
+    }
+  }
+
+  template <int Taps>
+  void add_run(const T* weight, const S* dy, const Run& run, const Piece& piece, T* sums) const {
+    for_channels<T, kVectors>(p.c_in, [&](auto vectors, int64_t c) {
+      add_pixels<Taps, vectors>(weight + c, dy + c, run.last - run.first,
+                                at(sums, piece, run.first, c, vectors * kN), p.c_in - c);
+    });
+  }
+
+  // A kernel row against a line of dy.
+  void add_line(const T* weight, const S* line, const Piece& piece, T* sums) const {
+    for (size_t i = piece.first_run; i < piece.last_run; ++i) {
+      const Run& run = runs[i];
+      const T* w = weight + run.k * pitch;
+      const S* dy = line + output_index(p.w, run.first, run.k) * y_step;
+      switch (run.taps) {
+        case 1:
+          add_run<1>(w, dy, run, piece, sums);
+          break;
+        case 2:
+          add_run<2>(w, dy, run, piece, sums);
+          break;
+        case 3:
+          add_run<3>(w, dy, run, piece, sums);
+          break;
+        case 4:
+          add_run<4>(w, dy, run, piece, sums);
+          break;
+        default:
+          add_run<kTaps>(w, dy, run, piece, sums);
+      }
+    }
+  }
+
+  void store(const Piece& piece, T* sums, S* to) const {
+    for (int64_t pixel = piece.first; pixel < piece.last; ++pixel, to += x_step)
+      for_channels<T, kVectors>(p.c_in, [&](auto vectors, int64_t c) {
+        const T* from = at(sums, piece, pixel, c, vectors * kN);
+        Vector<T> values[vectors];
+        for (int v = 0; v < vectors; ++v) values[v] = load_vector(from + v * kN);
+        store_channels<vectors, T>(to + c, p.c_in - c, values, streams);
+      });
+  }
+
+  void row(int64_t n, int64_t ih) const {
+    for (const Piece& piece : pieces) {
+      const int64_t size = (piece.last - piece.first) * pitch;
+      T* sums = static_cast<T*>(thread_scratch(size * sizeof(T)));
+      std::fill(sums, sums + size, T(0));
+      for (int64_t kh = 0; kh < p.h.kernel; ++kh) {
+        const int64_t oh = output_index(p.h, ih, kh);
+        if (oh < 0) continue;
+        const S* line = static_cast<const S*>(params.y.data) + params.y.at(n, 0, oh, 0);
+        add_line(weights + kh * p.w.kernel * pitch, line, piece, sums);
+      }
+      store(piece, sums, static_cast<S*>(params.x.data) + params.x.at(n, 0, ih, piece.first));
     }
   }
 };
@@ -164,16 +274,12 @@ struct DepthwiseWeight {
       from[k] = dy[k];
       for (int v = 0; v < Vectors; ++v) sum[k][v] = load_vector(sums + k * pitch + v * kN);
     }
-    if (Vectors > 1 || channels == kN) {
-      for (int64_t pixel = 0, at = 0; pixel < pixels; ++pixel, x += x_step, at += dy_step)
-        for (int v = 0; v < Vectors; ++v) {
-          const Vector<T> factor = load_as<T>(x + v * kN);
-          for (int k = 0; k < Taps; ++k) sum[k][v] += factor * load_as<T>(from[k] + at + v * kN);
-        }
-    } else {
-      for (int64_t pixel = 0, at = 0; pixel < pixels; ++pixel, x += x_step, at += dy_step) {
-        const Vector<T> factor = load_first<T>(x, channels);
-        for (int k = 0; k < Taps; ++k) sum[k][0] += factor * load_first<T>(from[k] + at, channels);
+    Vector<T> factor[Vectors], gradient[Vectors];
+    for (int64_t pixel = 0, at = 0; pixel < pixels; ++pixel, x += x_step, at += dy_step) {
+      load_channels<Vectors, T>(x, channels, factor);
+      for (int k = 0; k < Taps; ++k) {
+        load_channels<Vectors, T>(from[k] + at, channels, gradient);
+        for (int v = 0; v < Vectors; ++v) sum[k][v] += factor[v] * gradient[v];
       }
     }
     for (int k = 0; k < Taps; ++k)
@@ -191,17 +297,12 @@ struct DepthwiseWeight {
       from[k] =
           dy + (columns[k0 + k].output + (begin - columns[k0 + k].begin) * p.w.stride) * dy_step;
     x += begin * x_step;
-    int64_t c = 0;
-    const auto advance = [&](int64_t by) {
-      c += by;
-      x += by;
-      for (int k = 0; k < Taps; ++k) from[k] += by;
-    };
-    for (; c + 2 * kN <= channels; advance(2 * kN))
-      add_pixels<Taps, 2>(x, x_step, from, dy_step * p.w.stride, end - begin, sums + c, pitch, kN);
-    for (; c < channels; advance(kN))
-      add_pixels<Taps, 1>(x, x_step, from, dy_step * p.w.stride, end - begin, sums + c, pitch,
-                          min_of<int64_t>(kN, channels - c));
+    for_channels<T, 2>(channels, [&](auto vectors, int64_t c) {
+      const S* at[Taps];
+      for (int k = 0; k < Taps; ++k) at[k] = from[k] + c;
+      add_pixels<Taps, vectors>(x + c, x_step, at, dy_step * p.w.stride, end - begin, sums + c,
+                                pitch, channels - c);
+    });
   }
 
   // One line of x against one of dy: inputs that all taps of a block carry inside, then each tap's
@@ -248,7 +349,8 @@ struct DepthwiseWeight {
       for (int64_t kw = 0; kw < p.w.kernel; ++kw)
         for (int64_t c = 0; c < channels; ++c)
           to[((c0 + c) * p.h.kernel + kh) * p.w.kernel + kw] =
-              sums.total[(kh - t.row_begin) * row_sums + kw * pitch + c];
+              sums.total[(kh - t.row_begin) * row_sums + kw * pitch +
+                         lane_of_channel<S>(c, channels)];
   }
 };
 
@@ -274,29 +376,41 @@ void depthwise(Op op, const Params& params, int threads) {
   using T = typename Arithmetic<S>::type;
   const Problem& p = params.problem;
   if (op == Op::kGradWeight) return depthwise_weight<S>(params, threads);
-  const int64_t elements = p.h.kernel * p.w.kernel * p.c_in;
-  T* packed = static_cast<T*>(call_scratch((elements + p.c_in) * sizeof(T)));
-  T* start = packed + elements;
-  for (int64_t c = 0; c < p.c_in; ++c)
-    start[c] = op == Op::kForward && params.bias
-                   ? convert<T>(static_cast<const S*>(params.bias)[c * params.bias_stride])
-                   : T(0);
-  const AxisPlan axis_h = plan_axis(op, p.h), axis_w = plan_axis(op, p.w);
+  const bool forward = op == Op::kForward;
+  const int64_t pitch = round_up<int64_t>(p.c_in, kLanes<T>), taps = p.h.kernel * p.w.kernel;
+  T* weights = static_cast<T*>(call_scratch((taps + 1) * pitch * sizeof(T)));
+  T* start = weights + taps * pitch;
+  std::fill(weights, start + pitch, T(0));
+  for (int64_t c = 0; c < p.c_in; ++c) {
+    const int64_t lane = lane_of_channel<S>(c, p.c_in);
+    for (int64_t kh = 0; kh < p.h.kernel; ++kh)
+      for (int64_t kw = 0; kw < p.w.kernel; ++kw)
+        weights[(kh * p.w.kernel + kw) * pitch + lane] =
+            convert<T>(static_cast<const S*>(params.w.data)[params.w.at(c, 0, kh, kw)]);
+    if (forward && params.bias)
+      start[lane] = convert<T>(static_cast<const S*>(params.bias)[c * params.bias_stride]);
+  }
   const bool streams = p.c_in % kLanes<T> == 0 &&
                        outgrows_caches(result_elements(op, p) * static_cast<int64_t>(sizeof(S)));
-  const Depthwise<S> kernel{params, axis_h, axis_w, packed, streams};
-  kernel.pack_weights();
-  // Neighbouring rows read much of the same.
-  const int64_t rows = axis_h.target_size, each = rows_of_a_task(rows, p.batch, threads),
-                parts = ceil_div(rows, each);
-  parallel_for(p.batch * parts, threads, [&](int64_t task) {
-    in_phase(Phase::kProduct, [&] {
-      const int64_t first = task % parts * each;
-      for (int64_t row = first; row < min_of(first + each, rows); ++row)
-        kernel.row(op, task / parts, row, start);
-      if (streams) end_streams();
+  const auto for_rows = [&](int64_t rows, const auto& row) {
+    // Neighbouring rows read much of the same.
+    const int64_t each = rows_of_a_task(rows, p.batch, threads), parts = ceil_div(rows, each);
+    parallel_for(p.batch * parts, threads, [&](int64_t task) {
+      in_phase(Phase::kProduct, [&] {
+        const int64_t first = task % parts * each;
+        for (int64_t i = first; i < min_of(first + each, rows); ++i) row(task / parts, i);
+        if (streams) end_streams();
+      });
     });
-  });
+  };
+  if (forward) {
+    const AxisPlan axis_h = plan_axis(op, p.h), axis_w = plan_axis(op, p.w);
+    const DepthwiseForward<S> y{params, axis_h, axis_w, weights, start, streams};
+    for_rows(p.h.out, [&](int64_t n, int64_t oh) { y.row(n, oh); });
+  } else {
+    const DepthwiseInput<S> dx(params, weights, streams);
+    for_rows(p.h.in, [&](int64_t n, int64_t ih) { dx.row(n, ih); });
+  }
 }
 
 }  // namespace DECONV_ISA

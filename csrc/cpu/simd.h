@@ -163,11 +163,14 @@ inline Vector<T> load_as(const S* p) {
 }
 
 // Float32 rounded to 16-bit storage, to the nearest, ties to even. A NaN stays one.
-inline HalfWords narrow(Vector<float> v, BFloat16) {
+// The upper halves of the words are the result, the lower ones anything.
+inline Vector<uint32_t> round_bfloat16(Vector<float> v) {
   typedef Vector<uint32_t> Words;
-  const Words bits = reinterpret_cast<Words>(v), high = bits >> 16;
-  const Words rounded = (bits + (0x7fff + (high & 1))) >> 16;
-  return __builtin_convertvector(v == v ? rounded : high | 0x40, HalfWords);
+  const Words bits = reinterpret_cast<Words>(v);
+  return v == v ? bits + (0x7fff + (bits >> 16 & 1)) : bits | 0x400000;
+}
+inline HalfWords narrow(Vector<float> v, BFloat16) {
+  return __builtin_convertvector(round_bfloat16(v) >> 16, HalfWords);
 }
 inline HalfWords narrow(Vector<float> v, Float16) {
 #if DECONV_VECTOR_BYTES == 64
