@@ -33,14 +33,6 @@ struct DepthwiseForward {
   static constexpr int kN = kLanes<T>;
   static constexpr int kVectors = 4;  // of sums held in registers
 
-  const Params& params;
-  const AxisPlan &axis_h, &axis_w;
-  const T* weights;  // [kernel_h][kernel_w][channels]
-  const T* start;    // [channels] what a sum begins with: the bias or zeros
-  bool streams;      // results are written past the caches
-  const Problem& p = params.problem;
-  const int64_t pitch = round_up<int64_t>(p.c_in, kN);  // of weights
-
   // A tap along one axis: element offsets of what it reads.
   struct Term {
     int64_t source, weight;
@@ -49,6 +41,34 @@ struct DepthwiseForward {
     const Term* list;
     int64_t count;
   };
+
+  const Params& params;
+  const T* weights;  // [kernel_h][kernel_w][channels]
+  const T* start;    // [channels] what a sum begins with: the bias or zeros
+  bool streams;      // results are written past the caches
+  const Problem& p = params.problem;
+  const int64_t pitch = round_up<int64_t>(p.c_in, kN);  // of weights
+  const AxisPlan axis_h = plan_axis(Op::kForward, p.h);
+  std::vector<Term> column_terms = {};   // of each column of y, one after the other
+  std::vector<size_t> first_term = {0};  // [columns + 1]
+
+  DepthwiseForward(const Params& of, const T* packed, const T* biases, bool past_caches)
+      : params(of), weights(packed), start(biases), streams(past_caches) {
+    const AxisPlan axis_w = plan_axis(Op::kForward, p.w);
+    AxisPosition at(axis_w, 0);
+    for (int64_t column = 0; column < p.w.out; ++column, at.next()) {
+      list_terms(at, params.x.stride[3], pitch, column_terms);
+      first_term.push_back(column_terms.size());
+    }
+  }
+
+  // Appends the taps of one index of y that read inside.
+  static void list_terms(const AxisPosition& at, int64_t source_stride, int64_t weight_stride,
+                         std::vector<Term>& list) {
+    for (const PhaseTap& tap : at)
+      if (const int64_t source = at.source(tap); source >= 0)
+        list.push_back({source * source_stride, tap.k * weight_stride});
+  }
 
   // The activation of finished sums, the bias among their terms.
   template <int Vectors>
@@ -76,28 +96,17 @@ struct DepthwiseForward {
     store_channels<Vectors, T>(to + c, p.c_in - c, sums, streams);
   }
 
-  // The taps of one index of the target that read inside.
-  static Terms find_terms(const AxisPosition& at, int64_t source_stride, int64_t weight_stride,
-                          Term* list) {
-    int64_t count = 0;
-    for (const PhaseTap& tap : at) {
-      const int64_t source = at.source(tap);
-      if (source >= 0) list[count++] = {source * source_stride, tap.k * weight_stride};
-    }
-    return {list, count};
-  }
-
   // One row of y.
   void row(int64_t n, int64_t line) const {
-    Carver carver(thread_scratch((p.h.kernel + p.w.kernel) * sizeof(Term) + 64));
-    Term *list_h = carver.take<Term>(p.h.kernel), *list_w = carver.take<Term>(p.w.kernel);
-    const Terms h =
-        find_terms(AxisPosition(axis_h, line), params.x.stride[2], p.w.kernel * pitch, list_h);
+    std::vector<Term> terms;
+    list_terms(AxisPosition(axis_h, line), params.x.stride[2], p.w.kernel * pitch, terms);
+    const Terms h{terms.data(), static_cast<int64_t>(terms.size())};
     const S* image = static_cast<const S*>(params.x.data) + params.x.at(n, 0, 0, 0);
-    AxisPosition at(axis_w, 0);
-    for (int64_t column = 0; column < axis_w.target_size; ++column, at.next()) {
-      const Terms w = find_terms(at, params.x.stride[3], pitch, list_w);
-      S* to = static_cast<S*>(params.y.data) + params.y.at(n, 0, line, column);
+    S* to = static_cast<S*>(params.y.data) + params.y.at(n, 0, line, 0);
+    for (size_t column = 0; column + 1 < first_term.size(); ++column, to += params.y.stride[3]) {
+      const size_t first = first_term[column];
+      const Terms w{column_terms.data() + first,
+                    static_cast<int64_t>(first_term[column + 1] - first)};
       for_channels<T, kVectors>(
           p.c_in, [&](auto vectors, int64_t c) { sum_terms<vectors>(h, w, image, c, to); });
     }
@@ -404,8 +413,7 @@ void depthwise(Op op, const Params& params, int threads) {
     });
   };
   if (forward) {
-    const AxisPlan axis_h = plan_axis(op, p.h), axis_w = plan_axis(op, p.w);
-    const DepthwiseForward<S> y{params, axis_h, axis_w, weights, start, streams};
+    const DepthwiseForward<S> y(params, weights, start, streams);
     for_rows(p.h.out, [&](int64_t n, int64_t oh) { y.row(n, oh); });
   } else {
     const DepthwiseInput<S> dx(params, weights, streams);
