@@ -41,6 +41,26 @@ struct DepthwiseForward {
     const Term* list;
     int64_t count;
   };
+  // The taps of each index of y along one axis that read inside.
+  struct AxisTerms {
+    std::vector<Term> list = {};      // one index after the other
+    std::vector<size_t> first = {0};  // [indices + 1]
+
+    AxisTerms(const Axis& axis, int64_t source_stride, int64_t weight_stride) {
+      const AxisPlan plan = plan_axis(Op::kForward, axis);
+      AxisPosition at(plan, 0);
+      for (int64_t i = 0; i < axis.out; ++i, at.next()) {
+        for (const PhaseTap& tap : at)
+          if (const int64_t source = at.source(tap); source >= 0)
+            list.push_back({source * source_stride, tap.k * weight_stride});
+        first.push_back(list.size());
+      }
+    }
+    Terms operator[](int64_t i) const {
+      const size_t begin = first[static_cast<size_t>(i)], end = first[static_cast<size_t>(i) + 1];
+      return {list.data() + begin, static_cast<int64_t>(end - begin)};
+    }
+  };
 
   const Params& params;
   const T* weights;  // [kernel_h][kernel_w][channels]
@@ -48,27 +68,8 @@ struct DepthwiseForward {
   bool streams;      // results are written past the caches
   const Problem& p = params.problem;
   const int64_t pitch = round_up<int64_t>(p.c_in, kN);  // of weights
-  const AxisPlan axis_h = plan_axis(Op::kForward, p.h);
-  std::vector<Term> column_terms = {};   // of each column of y, one after the other
-  std::vector<size_t> first_term = {0};  // [columns + 1]
-
-  DepthwiseForward(const Params& of, const T* packed, const T* biases, bool past_caches)
-      : params(of), weights(packed), start(biases), streams(past_caches) {
-    const AxisPlan axis_w = plan_axis(Op::kForward, p.w);
-    AxisPosition at(axis_w, 0);
-    for (int64_t column = 0; column < p.w.out; ++column, at.next()) {
-      list_terms(at, params.x.stride[3], pitch, column_terms);
-      first_term.push_back(column_terms.size());
-    }
-  }
-
-  // Appends the taps of one index of y that read inside.
-  static void list_terms(const AxisPosition& at, int64_t source_stride, int64_t weight_stride,
-                         std::vector<Term>& list) {
-    for (const PhaseTap& tap : at)
-      if (const int64_t source = at.source(tap); source >= 0)
-        list.push_back({source * source_stride, tap.k * weight_stride});
-  }
+  const AxisTerms terms_h{p.h, params.x.stride[2], p.w.kernel * pitch};
+  const AxisTerms terms_w{p.w, params.x.stride[3], pitch};
 
   // The activation of finished sums, the bias among their terms.
   template <int Vectors>
@@ -98,15 +99,11 @@ struct DepthwiseForward {
 
   // One row of y.
   void row(int64_t n, int64_t line) const {
-    std::vector<Term> terms;
-    list_terms(AxisPosition(axis_h, line), params.x.stride[2], p.w.kernel * pitch, terms);
-    const Terms h{terms.data(), static_cast<int64_t>(terms.size())};
+    const Terms h = terms_h[line];
     const S* image = static_cast<const S*>(params.x.data) + params.x.at(n, 0, 0, 0);
     S* to = static_cast<S*>(params.y.data) + params.y.at(n, 0, line, 0);
-    for (size_t column = 0; column + 1 < first_term.size(); ++column, to += params.y.stride[3]) {
-      const size_t first = first_term[column];
-      const Terms w{column_terms.data() + first,
-                    static_cast<int64_t>(first_term[column + 1] - first)};
+    for (int64_t column = 0; column < p.w.out; ++column, to += params.y.stride[3]) {
+      const Terms w = terms_w[column];
       for_channels<T, kVectors>(
           p.c_in, [&](auto vectors, int64_t c) { sum_terms<vectors>(h, w, image, c, to); });
     }
@@ -149,30 +146,33 @@ struct DepthwiseInput {
     for (int64_t first = 0; first < p.w.in; first += pixels) {
       const int64_t last = min_of(p.w.in, first + pixels);
       const size_t first_run = runs.size();
-      for (int64_t i = first; i < last; ++i) list_taps(i, first_run);
+      for (int64_t i = first; i < last;) i = list_runs(i, last);
       pieces.push_back({first, last, first_run, runs.size()});
     }
   }
 
-  // Adds a pixel to the runs that end with the one before it, or begins new ones. The taps of a
-  // pixel that read inside follow each other.
-  void list_taps(int64_t pixel, size_t first_run) {
+  // The taps of a pixel that read inside follow each other.
+  Range taps_inside(int64_t pixel) const {
     int64_t begin = 0, end = p.w.kernel;
     while (begin < end && output_index(p.w, pixel, begin) < 0) ++begin;
     while (begin < end && output_index(p.w, pixel, end - 1) < 0) --end;
-    const int64_t blocks = ceil_div(end - begin, kTaps);
-    const auto block = [&](int64_t i) { return begin + (end - begin) * i / blocks; };
-    const size_t count = static_cast<size_t>(blocks);
-    const bool follows =
-        runs.size() >= first_run + count && count > 0 && runs[runs.size() - count].last == pixel &&
-        runs[runs.size() - count].k == begin && runs.back().k + runs.back().taps == end;
-    for (size_t i = 0; i < count; ++i)
-      if (follows) {
-        runs[runs.size() - count + i].last = pixel + 1;
-      } else {
-        const int64_t k = block(static_cast<int64_t>(i));
-        runs.push_back({pixel, pixel + 1, k, block(static_cast<int64_t>(i) + 1) - k});
-      }
+    return {begin, end};
+  }
+
+  // Lists the runs of the pixels from `first` on that have the same taps, and says where they end.
+  int64_t list_runs(int64_t first, int64_t end) {
+    const Range taps = taps_inside(first);
+    const auto same = [&](Range other) {
+      return other.begin == taps.begin && other.end == taps.end;
+    };
+    int64_t last = first + 1;
+    while (last < end && same(taps_inside(last))) ++last;
+    const int64_t count = taps.end - taps.begin, blocks = ceil_div(count, kTaps);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t k = count * i / blocks;
+      runs.push_back({first, last, taps.begin + k, count * (i + 1) / blocks - k});
+    }
+    return last;
   }
 
   // Sums of a piece are [chunk of channels][pixel][channel]: with those of a pixel as far apart as
@@ -209,26 +209,15 @@ struct DepthwiseInput {
 
   // A kernel row against a line of dy.
   void add_line(const T* weight, const S* line, const Piece& piece, T* sums) const {
+    typedef void (DepthwiseInput::*AddRun)(const T*, const S*, const Run&, const Piece&, T*) const;
+    static constexpr AddRun add[] = {&DepthwiseInput::add_run<1>, &DepthwiseInput::add_run<2>,
+                                     &DepthwiseInput::add_run<3>, &DepthwiseInput::add_run<4>,
+                                     &DepthwiseInput::add_run<5>};
+    static_assert(sizeof(add) / sizeof(*add) == kTaps);
     for (size_t i = piece.first_run; i < piece.last_run; ++i) {
       const Run& run = runs[i];
-      const T* w = weight + run.k * pitch;
       const S* dy = line + output_index(p.w, run.first, run.k) * y_step;
-      switch (run.taps) {
-        case 1:
-          add_run<1>(w, dy, run, piece, sums);
-          break;
-        case 2:
-          add_run<2>(w, dy, run, piece, sums);
-          break;
-        case 3:
-          add_run<3>(w, dy, run, piece, sums);
-          break;
-        case 4:
-          add_run<4>(w, dy, run, piece, sums);
-          break;
-        default:
-          add_run<kTaps>(w, dy, run, piece, sums);
-      }
+      (this->*add[run.taps - 1])(weight + run.k * pitch, dy, run, piece, sums);
     }
   }
 
